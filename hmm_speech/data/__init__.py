@@ -1,0 +1,1 @@
+"""Unit files, their readers, and what turns them into batches."""
