@@ -74,17 +74,22 @@ class LabelReport(torch.nn.Module):
 
 
 class UniformReport(torch.nn.Module):
-    """Boundary scores of equal segments, as many as the reference has: what knowing the rate alone brings."""
+    """Boundary scores of equal segments, as many as the reference has: what knowing the rate alone brings.
 
-    def __init__(self) -> None:
+    Args:
+        frame_rate: in Hz; the segments begin and end at frames, as those of the labels that they are compared with.
+    """
+
+    def __init__(self, frame_rate: float) -> None:
         super().__init__()
+        self.frame_rate = check_frame_rate(frame_rate)
         self.boundaries = BoundaryScores()
 
     def update(self, phones: Sequence[PhoneSegments | None]) -> None:
         """Add utterances by their phones; None and empty lists are left out."""
         present = [(f"phones[{index}]", segments) for index, segments in enumerate(phones) if segments]
         self.boundaries.update(
-            [uniform_boundaries(segments, name) for name, segments in present],
+            [uniform_boundaries(segments, self.frame_rate, name) for name, segments in present],
             [phone_boundaries(segments, name) for name, segments in present],
         )
 
@@ -120,9 +125,9 @@ def label_report(labels: Sequence[np.ndarray], phones: Sequence[PhoneSegments | 
     return report.compute()
 
 
-def uniform_report(phones: Sequence[PhoneSegments | None]) -> Report:
+def uniform_report(phones: Sequence[PhoneSegments | None], frame_rate: float) -> Report:
     """``{"boundary": {...}}`` of equal segments over each utterance's phones; see :class:`UniformReport`."""
-    report = UniformReport()
+    report = UniformReport(frame_rate)
     report.update(phones)
     return report.compute()
 

@@ -31,12 +31,22 @@ def phone_boundaries(phones: PhoneSegments, name: str = "phones") -> np.ndarray:
     return phone_times_us(phones, name)[0][1:]
 
 
-def uniform_boundaries(phones: PhoneSegments, name: str = "phones") -> np.ndarray:
-    """Boundaries of equal segments over the phones' span, as many segments as there are phones, int64 microseconds."""
+def uniform_boundaries(phones: PhoneSegments, frame_rate: float, name: str = "phones") -> np.ndarray:
+    """Boundaries of equal segments over the phones' span, as many segments as there are phones, int64 microseconds.
+
+    They lie at the nearest multiples of 1 / frame_rate, as those of frame labels do. That matters: where the reference
+    is on a grid too (10 ms, say), 20 ms off is common and counts, so a grid finds more than exact times would
+    (speechocean762: F1 .41 against .34), and the comparison with frame labels would be unfair. Where there are more
+    phones than frames, boundaries coincide and count once.
+    """
     starts_us, ends_us = phone_times_us(phones, name)
     if not len(starts_us):
         return starts_us
-    return np.rint(np.linspace(starts_us[0], ends_us.max(), len(starts_us) + 1)[1:-1]).astype(np.int64)
+    frame_us = 1e6 / check_frame_rate(frame_rate)
+    first, last = starts_us[0], ends_us.max()
+    frames = np.unique(np.rint(np.linspace(first, last, len(starts_us) + 1)[1:-1] / frame_us))
+    times_us = np.rint(frames * frame_us).astype(np.int64)
+    return times_us[(times_us > first) & (times_us < last)]
 
 
 def match_boundaries(predicted_us: np.ndarray, reference_us: np.ndarray, tolerance_us: int = TOLERANCE_US) -> int:
