@@ -105,11 +105,11 @@ class PhoneClustering(Metric):
         labels, phones = (x.to(self.joint_LP.device, torch.int64)[phones >= 0] for x in (labels, phones))
         if not labels.numel():
             return
-        if labels.min() < 0 or labels.max() >= self.num_labels or phones.max() >= self.num_phones:
-            raise UserError(
-                f"labels: {int(labels.min())} to {int(labels.max())} for {self.num_labels} labels, "
-                f"phones up to {int(phones.max())} for {self.num_phones}; expected indices from 0 and below that"
-            )
+        for name, values, size in (("labels", labels, self.num_labels), ("phones", phones, self.num_phones)):
+            if values.min() < 0 or values.max() >= size:
+                raise UserError(
+                    f"{name}: {int(values.min())} to {int(values.max())}, but there are {size} (0 to {size - 1})"
+                )
         counts = torch.bincount(labels * self.num_phones + phones, minlength=self.joint_LP.numel())
         self.joint_LP += counts.view_as(self.joint_LP)
 

@@ -19,7 +19,7 @@ from hmm_speech.evaluate.segmentation import (
 )
 from hmm_speech.evaluate.sequences import PhoneSegments, as_labels, as_sequences, check_frame_rate, phone_times_us
 
-Report = dict[str, float | None | dict[str, float | None]]
+Report = dict[str, float | dict[str, float | None] | None]
 
 
 class LabelReport(torch.nn.Module):
@@ -58,13 +58,12 @@ class LabelReport(torch.nn.Module):
             changes_us = label_boundaries(label_T, self.frame_rate)
             predicted.append(changes_us[(changes_us > starts_us[0]) & (changes_us < ends_us.max())])
             reference.append(phone_boundaries(segments, name))
-        if frames:
-            joined = (torch.from_numpy(np.concatenate(arrays)) for arrays in (frames, classes))
-            self.clustering.update(*joined)
+        nothing = np.zeros(0, dtype=np.int64)
+        self.clustering.update(*(torch.from_numpy(np.concatenate([nothing, *arrays])) for arrays in (frames, classes)))
         self.boundaries.update(predicted, reference)
 
     def compute(self) -> Report:
-        """``{"pnmi", "phone_purity", "cluster_purity", "boundary": {...}}``; None where undefined, as without phones."""
+        """``{"pnmi", "phone_purity", "cluster_purity", "boundary": {...}}``; None where undefined."""
         return _nulls({**self.clustering.compute(), "boundary": self.boundaries.compute()})
 
     def reset(self) -> None:
