@@ -39,7 +39,7 @@ class AudioList:
     """The audio of a corpus, in a fixed order."""
 
     files: list[AudioFile]
-    skipped: list[str] = field(default_factory=list)
+    skipped: list[Path] = field(default_factory=list)
     """Files of the folder that are no audio by their suffix."""
     rows: dict[str, dict[str, str]] | None = None
     """Where a TSV with a header lists the files: its row for each id, which may hold speaker and split."""
@@ -87,7 +87,7 @@ def _list_folder(folder: Path) -> AudioList:
             if path.suffix.lower() in SUFFIXES:
                 files.append(AudioFile(path.stem, path, relative))
             else:
-                skipped.append(relative)
+                skipped.append(path)
     return AudioList(sorted(files, key=lambda file: file.relative), sorted(skipped))
 
 

@@ -267,7 +267,7 @@ class _Run:
 
 
 def extract_units(
-    audio: str | os.PathLike[str],
+    audio: str | os.PathLike[str] | AudioList,
     out: str | os.PathLike[str],
     *,
     features: str | None = None,
@@ -280,7 +280,7 @@ def extract_units(
     seed: int = 0,
     progress: Progress = lambda stage, done, total: None,
 ) -> Report:
-    """Turn a folder (or a TSV) of audio into a unit file; a quantizer that was fitted is saved beside it.
+    """Turn a folder (or a TSV, or a list) of audio into a unit file; a quantizer that was fitted is saved beside it.
 
     Frames are computed once, in threads, and spilled to a temporary file in the folder of `out` (4 bytes a number:
     28 MB an hour for MFCC at 20 ms). Each speaker's frames get mean 0 and variance 1; where the speaker is not known,
@@ -298,16 +298,16 @@ def extract_units(
         raise UserError(f"--out: got {out}, expected a name that ends in .parquet")
     known = None if quantizer is None else Quantizer.load(quantizer)
     extractor, size = choose_features(features, hop_ms, clusters, known)
-    found = list_audio(audio)
+    found = audio if isinstance(audio, AudioList) else list_audio(audio)
+    source = f"{len(found.files)} files" if isinstance(audio, AudioList) else str(audio)
     if found.rows is not None:
-        check_splits(found.rows, str(audio))
+        check_splits(found.rows, source)
     rows = read_metadata(metadata) if metadata is not None else found.rows or {}
     if alignments is not None:
         read_alignments(alignments)  # before the work, so that a mistake shows at once
     beside = Path(quantizer) if quantizer is not None else out.with_name(f"{out.stem}.quantizer.npz")
     own = {Path(path).resolve() for path in (metadata, alignments, out, beside) if path is not None}
-    skipped = [name for name in found.skipped if (Path(audio) / name).resolve() not in own]
-    report = Report(out, beside, extractor, skipped=skipped)
+    report = Report(out, beside, extractor, skipped=[str(name) for name in found.skipped if name.resolve() not in own])
     if rows:
         ids = {file.id for file in found.files}
         report.without_row = [file.id for file in found.files if file.id not in rows]
@@ -319,7 +319,7 @@ def extract_units(
         run.read(found, rows, extractor)
         if not run.utterances:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in report.failed[:10])
-            raise UserError(f"{audio}: none of the {len(found.files)} files can be used ({reasons})")
+            raise UserError(f"{source}: none of the {len(found.files)} files can be used ({reasons})")
         run.utterances = assign_splits(run.utterances)
         if known is None:
             known = run.fit(size, seed)
