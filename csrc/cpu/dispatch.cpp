@@ -1,0 +1,112 @@
+// The C interface: checks sizes, picks the instruction set once, sorts the batch by length, runs threads.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <numeric>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+
+namespace {
+
+const InstructionSet &chosen() {
+  static const InstructionSet *set = [] {
+#ifdef HMM_X86
+    // HMM_SPEECH_ISA=avx2 or portable runs less than the CPU has, for tests and comparisons.
+    const char *wish = std::getenv("HMM_SPEECH_ISA");
+    const bool any = !wish || !*wish;
+    __builtin_cpu_init();
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx512 && (any || !std::strcmp(wish, "avx512"))) return &hmm_avx512;
+    if (avx2 && (any || std::strcmp(wish, "portable"))) return &hmm_avx2;
+#endif
+    return &hmm_portable;
+  }();
+  return *set;
+}
+
+// Threads live for one call: starting one takes about 10 us, and nothing is left that a fork could break.
+void parallel(int workers, void (*body)(void *, int, int), void *context) {
+  std::vector<std::thread> others;
+  others.reserve(workers);
+  int started = 1;
+  try {
+    for (; started < workers; started++) others.emplace_back(body, context, started, workers);
+  } catch (const std::system_error &) {  // no thread to be had: the caller's own does the rest
+  }
+  body(context, 0, workers);
+  for (int worker = started; worker < workers; worker++) body(context, worker, workers);
+  for (std::thread &t : others) t.join();
+}
+
+bool valid(const hmm_problem *p) {
+  if (!p || p->batch < 0 || p->time < 0 || p->states < 1 || p->threads < 1 || !p->initial || !p->transition || !p->lengths)
+    return false;
+  return std::all_of(p->lengths, p->lengths + p->batch, [&](int64_t n) { return n >= 0 && n <= p->time; });
+}
+
+std::vector<int64_t> by_falling_length(const hmm_problem &p) {
+  std::vector<int64_t> order(p.batch);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return p.lengths[a] > p.lengths[b]; });
+  return order;
+}
+
+template <class Body> int guarded(const hmm_problem *p, Body body) {
+  if (!valid(p)) return HMM_INVALID_ARGUMENT;
+  try {
+    return body();
+  } catch (const std::bad_alloc &) {
+    return HMM_OUT_OF_MEMORY;
+  }
+}
+
+}  // namespace
+
+#define HMM_DEFINE(suffix, Real)                                                                                        \
+  int hmm_forward_##suffix(const hmm_problem *p, Real *log_partition, Real *alpha, Real *norm, Real *centre,            \
+                           int32_t *method) {                                                                           \
+    return guarded(p, [&] {                                                                                             \
+      return chosen().suffix.forward(*p, by_falling_length(*p).data(), parallel, log_partition, alpha, norm, centre,    \
+                                     method);                                                                           \
+    });                                                                                                                 \
+  }                                                                                                                     \
+  int hmm_backward_##suffix(const hmm_problem *p, const Real *grad, const Real *log_partition, const Real *alpha,       \
+                            const Real *norm, const Real *centre, const int32_t *method, Real *state, Real *edge) {     \
+    return guarded(p, [&] {                                                                                             \
+      return chosen().suffix.backward(*p, by_falling_length(*p).data(), parallel, grad, log_partition, alpha, norm,     \
+                                      centre, method, state, edge);                                                     \
+    });                                                                                                                 \
+  }                                                                                                                     \
+  int hmm_viterbi_##suffix(const hmm_problem *p, Real *score, Real *delta, int64_t *states) {                           \
+    return guarded(p, [&] { return chosen().suffix.viterbi(*p, parallel, score, delta, states); });                     \
+  }                                                                                                                     \
+  int hmm_sample_##suffix(const hmm_problem *p, int64_t samples, const Real *log_partition, const Real *alpha,          \
+                          const int32_t *method, const Real *uniform, int64_t *states) {                                \
+    return guarded(p, [&] {                                                                                             \
+      return chosen().suffix.sample(*p, parallel, samples, log_partition, alpha, method, uniform, states);              \
+    });                                                                                                                 \
+  }
+
+extern "C" {
+HMM_DEFINE(f32, float)
+HMM_DEFINE(f64, double)
+
+int hmm_abi_version(void) { return HMM_ABI_VERSION; }
+
+const char *hmm_instruction_set(void) { return chosen().name; }
+
+const char *hmm_status_message(int status) {
+  switch (status) {
+    case HMM_OK: return "ok";
+    case HMM_INVALID_ARGUMENT: return "invalid argument (sizes, lengths or a null pointer)";
+    case HMM_OUT_OF_MEMORY: return "out of memory";
+    default: return "unknown status";
+  }
+}
+}

@@ -1,0 +1,27 @@
+// What a translation unit compiled for one instruction set offers to dispatch.cpp.
+#pragma once
+#include "hmm_speech.h"
+
+// Runs body(context, worker, workers) for worker = 0..workers-1, on one thread each.
+typedef void (*Parallel)(int workers, void (*body)(void *, int, int), void *context);
+
+template <class Real> struct Kernels {
+  int (*forward)(const hmm_problem &, const int64_t *order, Parallel, Real *log_partition, Real *alpha, Real *norm, Real *centre,
+                 int32_t *method);
+  int (*backward)(const hmm_problem &, const int64_t *order, Parallel, const Real *grad, const Real *log_partition,
+                  const Real *alpha, const Real *norm, const Real *centre, const int32_t *method, Real *state, Real *edge);
+  int (*viterbi)(const hmm_problem &, Parallel, Real *score, Real *delta, int64_t *states);
+  int (*sample)(const hmm_problem &, Parallel, int64_t samples, const Real *log_partition, const Real *alpha,
+                const int32_t *method, const Real *uniform, int64_t *states);
+};
+
+struct InstructionSet {
+  const char *name;
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+extern const InstructionSet hmm_portable;
+#ifdef HMM_X86
+extern const InstructionSet hmm_avx2, hmm_avx512;
+#endif

@@ -1,0 +1,226 @@
+// Vectors of the widest registers that this translation unit is compiled for, through the compilers' vector extension:
+// one source serves AVX-512, AVX2 and everything else. Intrinsics appear only where the extension has no word for the
+// operation (masked memory access, scalef).
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define HMM_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define HMM_VECTOR_BYTES 32
+#else
+#define HMM_VECTOR_BYTES 16
+#endif
+#define HMM_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+template <class Real> struct Simd;
+
+template <> struct Simd<float> {
+  typedef float V __attribute__((vector_size(HMM_VECTOR_BYTES)));
+  typedef int32_t I __attribute__((vector_size(HMM_VECTOR_BYTES)));
+  static constexpr int kMantissa = 23;
+  static constexpr int32_t kOne = 0x3f800000;
+  static constexpr float kRound = 12582912.f;      // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kLowest = -87.33654f;     // log of the smallest normal number
+  static constexpr float kHighest = 88.f;
+  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+};
+
+template <> struct Simd<double> {
+  typedef double V __attribute__((vector_size(HMM_VECTOR_BYTES)));
+  typedef int64_t I __attribute__((vector_size(HMM_VECTOR_BYTES)));
+  static constexpr int kMantissa = 52;
+  static constexpr int64_t kOne = 0x3ff0000000000000;
+  static constexpr double kRound = 6755399441055744.0;
+  static constexpr double kLowest = -708.39641853226408;
+  static constexpr double kHighest = 709.;
+  static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
+};
+
+template <class Real> using Vec = typename Simd<Real>::V;
+template <class Real> using Int = typename Simd<Real>::I;
+template <class Real> constexpr int kLanes = HMM_VECTOR_BYTES / int(sizeof(Real));
+
+template <class Real> HMM_INLINE Vec<Real> splat(Real x) { return Vec<Real>{} + x; }
+
+template <class Real> HMM_INLINE Vec<Real> load(const Real *p) {
+  Vec<Real> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class Real> HMM_INLINE void store(Real *p, Vec<Real> v) { std::memcpy(p, &v, sizeof v); }
+
+// The first n lanes from memory (n may be <= 0 or >= the number of lanes), `fill` in the others.
+HMM_INLINE Vec<float> load_part(const float *p, int64_t n, float fill) {
+  if (n >= kLanes<float>) return load(p);
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), n <= 0 ? 0 : __mmask16((1u << n) - 1), p);
+#else
+  Vec<float> v = splat(fill);
+  for (int64_t k = 0; k < n; k++) v[k] = p[k];
+  return v;
+#endif
+}
+HMM_INLINE Vec<double> load_part(const double *p, int64_t n, double fill) {
+  if (n >= kLanes<double>) return load(p);
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_mask_loadu_pd(_mm512_set1_pd(fill), n <= 0 ? 0 : __mmask8((1u << n) - 1), p);
+#else
+  Vec<double> v = splat(fill);
+  for (int64_t k = 0; k < n; k++) v[k] = p[k];
+  return v;
+#endif
+}
+HMM_INLINE void store_part(float *p, int64_t n, Vec<float> v) {
+  if (n >= kLanes<float>) return store(p, v);
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, n <= 0 ? 0 : __mmask16((1u << n) - 1), (__m512)v);
+#else
+  for (int64_t k = 0; k < n; k++) p[k] = v[k];
+#endif
+}
+HMM_INLINE void store_part(double *p, int64_t n, Vec<double> v) {
+  if (n >= kLanes<double>) return store(p, v);
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_pd(p, n <= 0 ? 0 : __mmask8((1u << n) - 1), (__m512d)v);
+#else
+  for (int64_t k = 0; k < n; k++) p[k] = v[k];
+#endif
+}
+
+// Input scores read as Real, widened where they are narrower (the float64 fallback reads float32 scores).
+HMM_INLINE Vec<float> load_as(const float *p, int64_t n, float fill) { return load_part(p, n, fill); }
+HMM_INLINE Vec<double> load_as(const double *p, int64_t n, double fill) { return load_part(p, n, fill); }
+HMM_INLINE Vec<double> load_as(const float *p, int64_t n, double fill) {
+  Vec<double> v = splat(fill);
+  if (n >= kLanes<double>) {
+    typedef float Half __attribute__((vector_size(HMM_VECTOR_BYTES / 2)));
+    Half h;
+    std::memcpy(&h, p, sizeof h);
+    return __builtin_convertvector(h, Vec<double>);
+  }
+  for (int64_t k = 0; k < n; k++) v[k] = p[k];
+  return v;
+}
+
+template <class V> HMM_INLINE V larger(V a, V b) { return a > b ? a : b; }  // NaN in b is kept, NaN in a is not
+
+template <class Real> HMM_INLINE Real sum_of(Vec<Real> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Real) == 4) return _mm512_reduce_add_ps((__m512)v);
+  else return _mm512_reduce_add_pd((__m512d)v);
+#else
+  Real s = 0;
+  for (int k = 0; k < kLanes<Real>; k++) s += v[k];
+  return s;
+#endif
+}
+template <class Real> HMM_INLINE Real max_of(Vec<Real> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Real) == 4) return _mm512_reduce_max_ps((__m512)v);
+  else return _mm512_reduce_max_pd((__m512d)v);
+#else
+  Real m = v[0];
+  for (int k = 1; k < kLanes<Real>; k++) m = v[k] > m ? v[k] : m;
+  return m;
+#endif
+}
+template <class Real> HMM_INLINE bool any(Int<Real> mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  for (int k = 0; k < kLanes<Real>; k++)
+    if (mask[k]) return true;
+  return false;
+#endif
+}
+
+// exp(x) within 2 units in the last place for x up to 88 (float) or 709 (double); 0 below the smallest normal number,
+// at -inf too; NaN stays NaN. Argument reduction x = n log 2 + r, |r| <= log(2)/2 (Cody and Waite), then a polynomial:
+// the minimax coefficients of Cephes' expf, or Taylor's series to r^13, whose remainder is 4e-18.
+template <class Real> HMM_INLINE Vec<Real> polynomial_of_exp(Vec<Real> r) {
+  if constexpr (sizeof(Real) == 4) {
+    Vec<float> p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    return p * (r * r) + (r + 1.f);
+  } else {
+    constexpr double c[] = {1. / 479001600, 1. / 39916800, 1. / 3628800, 1. / 362880, 1. / 40320, 1. / 5040,
+                            1. / 720,       1. / 120,      1. / 24,      1. / 6,      1. / 2,     1.,
+                            1.};
+    Vec<double> p = splat(1. / 6227020800.);
+    for (int k = 0; k < 13; k++) p = p * r + c[k];
+    return p;
+  }
+}
+template <class Real> HMM_INLINE Vec<Real> exp(Vec<Real> x) {
+  using S = Simd<Real>;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Real) == 4) {  // scalef does the last step without integer arithmetic, and flushes by itself
+    __m512 y = _mm512_max_ps(_mm512_set1_ps(-150.f), (__m512)x);
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(y, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(S::kLn2High), y);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(S::kLn2Low), r);
+    return (Vec<float>)_mm512_scalef_ps((__m512)polynomial_of_exp<float>((Vec<float>)r), n);
+  }
+#endif
+  Vec<Real> y = larger(splat(S::kLowest), x);
+  y = y > S::kHighest ? splat(S::kHighest) : y;
+  Vec<Real> t = y * Real(1.4426950408889634) + S::kRound;
+  Vec<Real> n = t - S::kRound;
+  Vec<Real> r = (y - n * S::kLn2High) - n * S::kLn2Low;
+  Int<Real> bits;
+  std::memcpy(&bits, &t, sizeof bits);
+  bits = (bits << S::kMantissa) + S::kOne;
+  Vec<Real> power;
+  std::memcpy(&power, &bits, sizeof power);
+  Vec<Real> e = polynomial_of_exp<Real>(r) * power;
+  return x < S::kLowest ? Vec<Real>{} : e;
+}
+
+// log(x) for positive normal x. Float: mantissa in [1/sqrt(2), sqrt(2)) and Cephes' logf polynomial. Double: libm, lane
+// by lane (it is called once a state, not once an arc).
+HMM_INLINE Vec<double> log(Vec<double> x) {
+  for (int k = 0; k < kLanes<double>; k++) x[k] = std::log(x[k]);
+  return x;
+}
+HMM_INLINE Vec<float> log(Vec<float> x) {
+  Int<float> bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  Int<float> exponent = (bits - 0x3f3504f3) >> 23;  // 0x3f3504f3 is 1/sqrt(2)
+  bits -= exponent << 23;
+  Vec<float> m;
+  std::memcpy(&m, &bits, sizeof m);
+  Vec<float> e = __builtin_convertvector(exponent, Vec<float>);
+  Vec<float> f = m - 1.f, z = f * f;
+  constexpr float c[] = {-1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f,
+                         -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f};
+  Vec<float> p = splat(7.0376836292e-2f);
+  for (int k = 0; k < 8; k++) p = p * f + c[k];
+  p = p * f * z + e * Simd<float>::kLn2Low - z * 0.5f;
+  return x != x ? x : f + p + e * Simd<float>::kLn2High;
+}
+
+// Results below the smallest normal number are flushed to zero while one of these lives: subnormal arithmetic is up to
+// a hundred times slower, and the kernels treat what would be subnormal as lost anyway.
+struct FlushToZero {
+#if defined(__x86_64__)
+  unsigned saved = _mm_getcsr();
+  FlushToZero() { _mm_setcsr(saved | 0x8040); }
+  ~FlushToZero() { _mm_setcsr(saved); }
+#endif
+};
+
+}  // namespace

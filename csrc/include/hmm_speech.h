@@ -1,0 +1,82 @@
+/* hmm_speech: the whole C interface.
+ *
+ * Scores are natural-log potentials of any sign and scale; -infinity forbids. A path z has the score
+ *     initial[z_0] + sum_t emission[t, z_t] + sum_{t>0} transition[t-1, z_{t-1}, z_t] + final[z_{L-1}]
+ * over the first L = lengths[b] frames of sequence b; frames past L are never read.
+ *
+ * Arrays are row-major; a score array's last two axes (transition) or last axis (the others) are contiguous, and its
+ * leading axes have the strides given here, in elements, 0 to share one block over the batch or over time.
+ * Every buffer belongs to the caller and none may overlap. Functions ending in _f32 take float, those in _f64 double.
+ * They return HMM_OK or a status below, never throw, and write nothing but their outputs.
+ */
+#ifndef HMM_SPEECH_H
+#define HMM_SPEECH_H
+
+#include <stdint.h>
+
+#define HMM_ABI_VERSION 1
+#define HMM_API __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum hmm_status { HMM_OK = 0, HMM_INVALID_ARGUMENT = 1, HMM_OUT_OF_MEMORY = 2 };
+
+/* How a sequence's messages were computed; see csrc/cpu/scaled.h. */
+enum hmm_method { HMM_SCALED = 0, HMM_LOG_SPACE = 1 };
+
+typedef struct hmm_problem {
+  int64_t batch, time, states;  /* B, T, N */
+  const void *initial;          /* (B, N) */
+  int64_t initial_batch_stride; /* N, or 0 */
+  const void *transition;       /* (B, T-1, N, N): [b, t, i, j] scores i at t -> j at t+1 */
+  int64_t transition_batch_stride;
+  int64_t transition_time_stride;
+  const void *emission;   /* (B, T, N) contiguous, or NULL for none */
+  const int64_t *lengths; /* (B,), 0..T */
+  const void *final;      /* (B, N), or NULL for none */
+  int64_t final_batch_stride;
+  int32_t time_varying; /* 1: transitions (or the gradient asked for) have a time axis; log space throughout */
+  int32_t threads;      /* at least 1 */
+} hmm_problem;
+
+/* Forward algorithm.
+ *   log_partition (B,), alpha (B, T, N), norm (B, T, N), centre (B, T), method (B,) out.
+ * method HMM_SCALED: alpha holds p(z_t | x_0..t), scaled so that its sum lies in [2^30, 2^31); norm, centre are unused
+ * and may be NULL when time_varying is 0. HMM_LOG_SPACE: alpha holds log messages whose maximum is 0; where
+ * time_varying is 1, norm + centre is the log-sum over the previous state, before emission.
+ */
+HMM_API int hmm_forward_f32(const hmm_problem *, float *log_partition, float *alpha, float *norm, float *centre, int32_t *method);
+HMM_API int hmm_forward_f64(const hmm_problem *, double *log_partition, double *alpha, double *norm, double *centre, int32_t *method);
+
+/* Posteriors times grad (B,), the gradient of sum_b grad[b] log_partition[b], from the forward pass's outputs.
+ *   state (B, T, N) out: grad[b] p(z_t = i | x), 0 past the end.
+ *   edge out, NULL to skip: grad[b] p(z_t = i, z_t+1 = j | x), (B, T-1, N, N) where time_varying is 1, else summed
+ *   over time, (B, N, N), and where transition_batch_stride is 0 over the batch too, (N, N).
+ */
+HMM_API int hmm_backward_f32(const hmm_problem *, const float *grad, const float *log_partition, const float *alpha,
+                     const float *norm, const float *centre, const int32_t *method, float *state, float *edge);
+HMM_API int hmm_backward_f64(const hmm_problem *, const double *grad, const double *log_partition, const double *alpha,
+                     const double *norm, const double *centre, const int32_t *method, double *state, double *edge);
+
+/* Viterbi algorithm. score (B,), delta (B, T, N) (workspace), states (B, T) out: -1 past the end and throughout where
+ * no path is feasible. Ties go to the smallest state. */
+HMM_API int hmm_viterbi_f32(const hmm_problem *, float *score, float *delta, int64_t *states);
+HMM_API int hmm_viterbi_f64(const hmm_problem *, double *score, double *delta, int64_t *states);
+
+/* Posterior samples by inverse-CDF backward walks, from the forward pass's outputs.
+ *   uniform (S, B, T) in [0, 1); states (S, B, T) out, -1 past the end and where no path is feasible. */
+HMM_API int hmm_sample_f32(const hmm_problem *, int64_t samples, const float *log_partition, const float *alpha,
+                   const int32_t *method, const float *uniform, int64_t *states);
+HMM_API int hmm_sample_f64(const hmm_problem *, int64_t samples, const double *log_partition, const double *alpha,
+                   const int32_t *method, const double *uniform, int64_t *states);
+
+HMM_API int hmm_abi_version(void);
+HMM_API const char *hmm_instruction_set(void);    /* "avx512", "avx2" or "portable": what the running CPU got */
+HMM_API const char *hmm_status_message(int status);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,160 @@
+"""Finding and loading the shared library, and choosing between it and the reference.
+
+A library that is missing or does not fit never breaks the import: the reference in plain torch takes over, and
+:func:`backend` says why and how to rebuild.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import ctypes
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ABI_VERSION = 1
+REBUILD = "rebuild it with `pip install -e .` (or `pip install .`) in the clone; it needs a C++20 compiler"
+_SUFFIX = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
+_FILE = f"libhmm_speech.{_SUFFIX}"
+
+
+class Problem(ctypes.Structure):
+    """``struct hmm_problem`` of csrc/include/hmm_speech.h."""
+
+    _fields_ = [
+        ("batch", ctypes.c_int64),
+        ("time", ctypes.c_int64),
+        ("states", ctypes.c_int64),
+        ("initial", ctypes.c_void_p),
+        ("initial_batch_stride", ctypes.c_int64),
+        ("transition", ctypes.c_void_p),
+        ("transition_batch_stride", ctypes.c_int64),
+        ("transition_time_stride", ctypes.c_int64),
+        ("emission", ctypes.c_void_p),
+        ("lengths", ctypes.c_void_p),
+        ("final", ctypes.c_void_p),
+        ("final_batch_stride", ctypes.c_int64),
+        ("time_varying", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    ]
+
+
+class Library(NamedTuple):
+    """The loaded library and where it came from; or None and why it did not load."""
+
+    handle: ctypes.CDLL | None
+    detail: str
+
+
+def _candidates() -> Iterator[Path]:
+    """The package's own folders (an editable install adds one in site-packages), then the installed distribution."""
+    package = importlib.util.find_spec("hmm_speech")
+    for folder in package.submodule_search_locations or () if package else ():
+        yield Path(folder) / _FILE
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        yield Path(str(importlib.metadata.distribution("hmm-speech").locate_file(f"hmm_speech/{_FILE}")))
+
+
+def _declare(handle: ctypes.CDLL) -> None:
+    pointer, problem = ctypes.c_void_p, ctypes.POINTER(Problem)
+    arguments = {"forward": [pointer] * 5, "backward": [pointer] * 8, "viterbi": [pointer] * 3}
+    arguments["sample"] = [ctypes.c_int64] + [pointer] * 5
+    for name, types in arguments.items():
+        for suffix in ("f32", "f64"):
+            getattr(handle, f"hmm_{name}_{suffix}").argtypes = [problem, *types]
+    handle.hmm_instruction_set.restype = ctypes.c_char_p
+    handle.hmm_status_message.restype = ctypes.c_char_p
+
+
+@functools.cache
+def load() -> Library:
+    """Load the library once; what happened is remembered."""
+    if os.environ.get("HMM_SPEECH_NO_NATIVE"):
+        return Library(None, "HMM_SPEECH_NO_NATIVE is set")
+    found = next((path for path in _candidates() if path.is_file()), None)
+    if found is None:
+        return Library(None, f"{_FILE} was not found beside the package; {REBUILD}")
+    try:
+        handle = ctypes.CDLL(str(found))
+        version = handle.hmm_abi_version()
+        if version != ABI_VERSION:
+            return Library(None, f"{found} has interface version {version}, this package needs {ABI_VERSION}; {REBUILD}")
+        _declare(handle)
+    except (OSError, AttributeError) as error:
+        return Library(None, f"{found} did not load ({error}); {REBUILD}")
+    return Library(handle, str(found))
+
+
+class Backend(NamedTuple):
+    """What runs the layer. ``redone`` counts the sequences of this process that the scaled kernels could not certify
+    and that were therefore computed again in log space (csrc/cpu/scaled_arcs.h)."""
+
+    name: str
+    detail: str
+    redone: int
+
+
+_choice: contextvars.ContextVar[str] = contextvars.ContextVar("hmm_speech_backend", default="auto")
+redone = 0
+
+
+def count_redone(sequences: int) -> None:
+    """Add to the counter that :func:`backend` shows."""
+    global redone
+    redone += sequences
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within this context the layer runs on ``"native"`` kernels, the ``"reference"``, or what fits (``"auto"``).
+
+    Raises:
+        ValueError: for another name.
+        RuntimeError: for ``"native"`` where the library did not load; the message says why and how to rebuild.
+    """
+    if name not in ("auto", "native", "reference"):
+        raise ValueError(f'use_backend: name is {name!r}, expected "auto", "native" or "reference"')
+    if name == "native" and load().handle is None:
+        raise RuntimeError(f"the native kernels are not available: {load().detail}")
+    token = _choice.set(name)
+    try:
+        yield
+    finally:
+        _choice.reset(token)
+
+
+def use_native(device_type: str) -> bool:
+    """Whether tensors on this kind of device go to the native kernels."""
+    if _choice.get() == "reference" or load().handle is None:
+        return False
+    if device_type == "cpu":
+        return True
+    if _choice.get() == "native":
+        raise RuntimeError(
+            f'use_backend("native"): the library has no kernels for {device_type} tensors; use the "auto" backend, which '
+            "takes the reference there, or move the scores to the CPU"
+        )
+    return False
+
+
+def backend() -> Backend:
+    """What runs, and why.
+
+    >>> from hmm_speech.hmm import backend, use_backend
+    >>> with use_backend("reference"):
+    ...     backend().name
+    'reference'
+    """
+    library = load()
+    if library.handle is None:
+        return Backend("reference", library.detail, redone)
+    if _choice.get() == "reference":
+        return Backend("reference", 'chosen by use_backend("reference")', redone)
+    instructions = library.handle.hmm_instruction_set().decode()
+    return Backend("native", f"{instructions} kernels for CPU tensors, the reference elsewhere; {library.detail}", redone)

@@ -1,0 +1,216 @@
+"""The native kernels as torch operators, and the autograd functions around them.
+
+``torch.ops.hmm_speech.forward / backward / viterbi / sample`` wrap csrc/include/hmm_speech.h one to one: they expect
+arguments that :mod:`hmm_speech.hmm.checks` has seen, allocate what they return with torch and write to nothing else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import library, reference
+
+_ARGUMENTS = "Tensor initial, Tensor transition, Tensor? emission, Tensor lengths, Tensor? final"
+_MESSAGES = "Tensor log_partition, Tensor alpha, Tensor norm, Tensor centre, Tensor method"
+_lib = torch.library.Library("hmm_speech", "DEF")
+_lib.define(f"forward({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+_lib.define(f"backward(Tensor grad, {_ARGUMENTS}, {_MESSAGES}, bool edges) -> (Tensor, Tensor)")
+_lib.define(f"viterbi({_ARGUMENTS}) -> (Tensor, Tensor)")
+_lib.define(f"sample({_ARGUMENTS}, Tensor uniform) -> Tensor")
+
+
+def _dense(x: Tensor | None, axes: int) -> Tensor | None:
+    """`x` with its last `axes` axes contiguous; the leading ones keep any stride."""
+    if x is None or x.numel() == 0 or x[(0,) * (x.dim() - axes)].is_contiguous():
+        return x
+    return x.contiguous()
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+class _Call:
+    """One problem, kept alive with its tensors while the library reads them."""
+
+    def __init__(self, initial, transition, emission, lengths, final):
+        batch, num_states, time = lengths.shape[0], transition.shape[-1], reference.frames(transition, emission)
+        initial, final, transition = _dense(initial, 1), _dense(final, 1), _dense(transition, 2)
+        emission = None if emission is None else emission.contiguous()
+        self.tensors = (initial, transition, emission, lengths.contiguous(), final)
+        self.shape = batch, time, num_states
+        self.dtype, self.time_varying = transition.dtype, transition.dim() == 4
+        self.problem = library.Problem(
+            batch=batch, time=time, states=num_states,
+            initial=_address(initial), initial_batch_stride=initial.stride(0) if initial.dim() == 2 else 0,
+            transition=_address(transition), transition_batch_stride=transition.stride(0) if transition.dim() > 2 else 0,
+            transition_time_stride=transition.stride(1) if self.time_varying else 0,
+            emission=_address(emission), lengths=_address(self.tensors[3]), final=_address(final),
+            final_batch_stride=final.stride(0) if final is not None and final.dim() == 2 else 0,
+            time_varying=self.time_varying, threads=torch.get_num_threads(),
+        )  # fmt: skip
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype)
+
+    def __call__(self, name: str, *arguments) -> None:
+        handle = library.load().handle
+        suffix = "f64" if self.dtype == torch.float64 else "f32"
+        pointers = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+        status = getattr(handle, f"hmm_{name}_{suffix}")(ctypes.byref(self.problem), *pointers)
+        if status:
+            raise RuntimeError(f"hmm_speech {name}: {handle.hmm_status_message(status).decode()}; B, T, N = {self.shape}")
+
+
+def _forward(initial, transition, emission, lengths, final):
+    call = _Call(initial, transition, emission, lengths, final)
+    batch, time, num_states = call.shape
+    log_partition, alpha = call.empty(batch), call.empty(batch, time, num_states)
+    varying = call.time_varying
+    norm, centre = call.empty(*call.shape if varying else (0,)), call.empty(*call.shape[:2] if varying else (0,))
+    method = call.empty(batch, dtype=torch.int32)
+    call("forward", log_partition, alpha, norm, centre, method)
+    if not call.time_varying:
+        library.count_redone(int(method.count_nonzero()))
+    return log_partition, alpha, norm, centre, method
+
+
+def _backward(grad, initial, transition, emission, lengths, final, log_partition, alpha, norm, centre, method, edges):
+    call = _Call(initial, transition, emission, lengths, final)
+    state = call.empty(*call.shape)
+    edge = call.empty(*(transition.shape if edges else (0,)))
+    call("backward", grad.contiguous(), log_partition, alpha, norm, centre, method, state, edge if edges else None)
+    return state, edge
+
+
+def _viterbi(initial, transition, emission, lengths, final):
+    call = _Call(initial, transition, emission, lengths, final)
+    score, states = call.empty(call.shape[0]), call.empty(*call.shape[:2], dtype=torch.int64)
+    call("viterbi", score, call.empty(*call.shape), states)
+    return score, states
+
+
+def _sample(initial, transition, emission, lengths, final, uniform):
+    log_partition, alpha, _, _, method = _forward(initial, transition, emission, lengths, final)
+    call = _Call(initial, transition, emission, lengths, final)
+    states = call.empty(*uniform.shape, dtype=torch.int64)
+    call("sample", uniform.shape[0], log_partition, alpha, method, uniform.contiguous(), states)
+    return states
+
+
+def _fake_messages(initial, transition, emission, lengths, final):
+    batch, time, num_states = lengths.shape[0], reference.frames(transition, emission), transition.shape[-1]
+    varying = transition.dim() == 4
+    return (
+        transition.new_empty(batch),
+        transition.new_empty(batch, time, num_states),
+        transition.new_empty((batch, time, num_states) if varying else (0,)),
+        transition.new_empty((batch, time) if varying else (0,)),
+        transition.new_empty(batch, dtype=torch.int32),
+    )
+
+
+def _fake_backward(grad, initial, transition, emission, lengths, final, log_partition, alpha, norm, centre, method, edges):
+    return torch.empty_like(alpha), transition.new_empty(transition.shape if edges else (0,))
+
+
+def _fake_viterbi(initial, transition, emission, lengths, final):
+    batch, time = lengths.shape[0], reference.frames(transition, emission)
+    return transition.new_empty(batch), transition.new_empty((batch, time), dtype=torch.int64)
+
+
+def _fake_sample(initial, transition, emission, lengths, final, uniform):
+    return uniform.new_empty(uniform.shape, dtype=torch.int64)
+
+
+for _name, _kernel, _fake in (
+    ("forward", _forward, _fake_messages),
+    ("backward", _backward, _fake_backward),
+    ("viterbi", _viterbi, _fake_viterbi),
+    ("sample", _sample, _fake_sample),
+):
+    _lib.impl(_name, _kernel, "CPU")
+    torch.library.register_fake(f"hmm_speech::{_name}", _fake, lib=_lib)
+
+
+class LogPartition(Function):
+    """log Z with an explicit backward pass: its gradients are the posteriors times the upstream gradient."""
+
+    @staticmethod
+    def forward(ctx, initial, transition, emission, lengths, final):
+        messages = torch.ops.hmm_speech.forward(initial, transition, emission, lengths, final)
+        ctx.save_for_backward(initial, transition, emission, lengths, final, *messages)
+        return messages[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        initial, transition, emission, lengths, final, *messages = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        state, edge = Posterior.apply(grad, initial, transition, emission, lengths, final, needs[1], *messages)
+        return (
+            first_frame(state, initial) if needs[0] else None,
+            edge if needs[1] else None,
+            state if needs[2] else None,
+            None,
+            last_frame(state, lengths, final) if needs[4] else None,
+        )
+
+
+class Posterior(Function):
+    """grad times p(z_t | x), (B, T, N), and grad times p(z_t, z_t+1 | x), of the transition's shape (empty if not `edges`).
+
+    Differentiable by the reference: a Hessian-vector product of log Z through plain torch.
+    """
+
+    @staticmethod
+    def forward(ctx, grad, initial, transition, emission, lengths, final, edges, *messages):
+        ctx.save_for_backward(grad, initial, transition, emission, lengths, final)
+        ctx.edges = edges
+        return torch.ops.hmm_speech.backward(grad, initial, transition, emission, lengths, final, *messages, edges)
+
+    @staticmethod
+    def backward(ctx, grad_state, grad_edge):
+        saved = ctx.saved_tensors
+        higher = torch.is_grad_enabled()
+        with torch.enable_grad():
+            tracked = [x if x is None or x.requires_grad or not x.is_floating_point() else x.detach().requires_grad_() for x in saved]
+            grad, initial, transition, emission, lengths, final = tracked
+            state, edge = posterior(grad, initial, transition, emission, lengths, final, ctx.edges)
+            value = (state * grad_state).sum() + ((edge * grad_edge).sum() if ctx.edges else 0)
+            wanted = [k for k, x in enumerate(tracked) if x is not None and ctx.needs_input_grad[k]]
+            found = torch.autograd.grad(value, [tracked[k] for k in wanted], create_graph=higher, allow_unused=True)
+        gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        for k, gradient in zip(wanted, found, strict=True):
+            gradients[k] = gradient
+        return tuple(gradients)
+
+
+def posterior(grad, initial, transition, emission, lengths, final, edges: bool) -> tuple[Tensor, Tensor]:
+    """What :class:`Posterior` computes, by differentiating the reference."""
+    with torch.enable_grad():
+        if emission is None:
+            emission = transition.new_zeros(lengths.shape[0], reference.frames(transition, None), transition.shape[-1])
+        tracked = [x if x.requires_grad else x.detach().requires_grad_() for x in (emission, transition)]
+        z = reference.log_partition(initial, tracked[1], tracked[0], lengths, final)
+        found = torch.autograd.grad((z * grad).sum(), tracked if edges else tracked[:1], create_graph=True, allow_unused=True)
+    state, *edge = [torch.zeros_like(x) if g is None else g for g, x in zip(found, tracked, strict=False)]
+    return state, edge[0] if edge else transition.new_empty(0)
+
+
+def first_frame(state: Tensor, initial: Tensor) -> Tensor:
+    """The gradient of `initial` from that of the emission: initial scores are added at the first frame."""
+    first = state[:, 0] if state.shape[1] else state.new_zeros(state.shape[0], state.shape[2])
+    return first if initial.dim() == 2 else first.sum(0)
+
+
+def last_frame(state: Tensor, lengths: Tensor, final: Tensor) -> Tensor:
+    """The gradient of `final` from that of the emission: final scores are added at each sequence's last frame."""
+    if not state.shape[1]:
+        return torch.zeros_like(final)
+    index = (lengths - 1).clamp(min=0).to(state.device)[:, None, None].expand(-1, 1, state.shape[2])
+    last = state.gather(1, index).squeeze(1)
+    return last if final.dim() == 2 else last.sum(0)

@@ -1,0 +1,129 @@
+"""The layer in plain torch: the specification that the native kernels are compared with, and the fallback without them.
+
+Every function takes scores as :class:`hmm_speech.hmm.HMM` documents them, already validated: ``initial`` (N,) or (B, N),
+``transition`` (N, N), (B, N, N) or (B, T-1, N, N), ``emission`` (B, T, N) or None, ``lengths`` (B,), ``final`` (N,), (B, N)
+or None. Everything here is differentiable any number of times. Cost: B T N^2 operations and, under autograd, memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+INF = float("inf")
+
+
+def logsumexp(x: Tensor, dim: int) -> Tensor:
+    """log sum exp along `dim`: -inf, with zero gradients, where every entry is -inf (torch.logsumexp gives NaN there)."""
+    maximum = x.detach().amax(dim, keepdim=True)
+    maximum = maximum.masked_fill(maximum == -INF, 0)
+    total = (x - maximum).exp().sum(dim)
+    empty = total == 0
+    return torch.where(empty, -INF, torch.where(empty, 1, total).log()) + maximum.squeeze(dim)
+
+
+def frames(transition: Tensor, emission: Tensor | None) -> int:
+    """T, the number of frames that the scores have."""
+    return emission.shape[1] if emission is not None else transition.shape[1] + 1
+
+
+def _arcs(transition: Tensor, lengths: Tensor, time: int) -> list[Tensor]:
+    """Scores from frame t-1 to t for t = 1..T-1, (N, N) or (B, N, N) each; arcs past the end are 0, whatever they hold."""
+    if transition.dim() < 4:
+        return [transition] * max(time - 1, 0)
+    steps = torch.arange(1, time, device=transition.device)
+    inside = (steps < lengths.unsqueeze(-1))[:, :, None, None]
+    return list(torch.where(inside, transition, 0).unbind(1))
+
+
+def _frame_scores(emission: Tensor | None, lengths: Tensor) -> list[Tensor] | None:
+    if emission is None:
+        return None
+    inside = torch.arange(emission.shape[1], device=emission.device) < lengths.unsqueeze(-1)
+    return list(torch.where(inside.unsqueeze(-1), emission, 0).unbind(1))
+
+
+def _recursion(initial, transition, emission, lengths, final, reduce):
+    """alpha_t(j) = reduce_i[alpha_{t-1}(i) + phi_t(i, j)] + e_t(j), with final scores added at each sequence's end.
+
+    Returns the messages, each centred so that its maximum is 0, as a list over time of (B, N) (past a sequence's end it
+    repeats), and what centring took out, (B,) in float64.
+    """
+    batch, num_states, time = lengths.shape[0], transition.shape[-1], frames(transition, emission)
+    arcs, scores = _arcs(transition, lengths, time), _frame_scores(emission, lengths)
+    alpha = torch.zeros_like(initial.expand(batch, num_states))
+    offset = torch.zeros(batch, dtype=torch.float64, device=initial.device)
+    messages = []
+    for t in range(time):
+        new = initial.expand(batch, num_states) if t == 0 else reduce(alpha.unsqueeze(-1) + arcs[t - 1])
+        if scores is not None:
+            new = new + scores[t]
+        if final is not None:
+            new = torch.where((lengths == t + 1).unsqueeze(-1), new + final, new)
+        centre = new.detach().amax(-1, keepdim=True)
+        centre = centre.masked_fill(centre == -INF, 0)
+        running = t < lengths
+        alpha = torch.where(running.unsqueeze(-1), new - centre, alpha)
+        offset = offset + torch.where(running, centre.squeeze(-1), 0).double()
+        messages.append(alpha)
+    return messages, offset
+
+
+def log_partition(initial, transition, emission, lengths, final) -> Tensor:
+    """log sum over paths of exp(score), (B,): the forward algorithm (Rabiner 1989, eqs. 19-21) in log space.
+
+    Each message is re-centred so that errors do not grow with T; what is taken out is summed in float64.
+    """
+    messages, offset = _recursion(initial, transition, emission, lengths, final, lambda x: logsumexp(x, 1))
+    if not messages:
+        return torch.zeros_like(offset, dtype=initial.dtype)
+    return torch.where(lengths > 0, offset + logsumexp(messages[-1], -1).double(), 0).to(initial.dtype)
+
+
+def viterbi(initial, transition, emission, lengths, final) -> tuple[Tensor, Tensor]:
+    """The best path's score (B,) and states (B, T): Rabiner 1989, eqs. 32-35. Ties go to the smallest state.
+
+    Where no path is feasible the score is -inf and the states are -1, as they are past the end.
+    """
+    messages, offset = _recursion(initial, transition, emission, lengths, final, lambda x: x.amax(1))
+    time = len(messages)
+    states = torch.full((lengths.shape[0], time), -1, dtype=torch.int64, device=initial.device)
+    if time == 0:
+        return torch.zeros_like(offset, dtype=initial.dtype), states
+    arcs = _arcs(transition, lengths, time)
+    best, state = messages[-1].max(-1)
+    score = torch.where(lengths > 0, offset + best, 0).to(initial.dtype)
+    for t in reversed(range(time)):
+        if t + 1 < time:
+            into = arcs[t].expand(lengths.shape[0], -1, -1).gather(2, state[:, None, None].expand(-1, arcs[t].shape[-1], 1))
+            state = torch.where(t + 1 < lengths, (messages[t] + into.squeeze(-1)).argmax(-1), state)
+        states[:, t] = torch.where(t < lengths, state, -1)
+    return score, torch.where((score > -INF).unsqueeze(-1), states, -1)
+
+
+def sample(initial, transition, emission, lengths, final, uniform: Tensor) -> Tensor:
+    """Paths drawn from the posterior, (S, B, T), by forward filtering, backward sampling (Scott 2002, section 2.1).
+
+    z_{L-1} ~ alpha_{L-1}, then z_{t-1} with probability proportional to exp(alpha_{t-1}(i) + phi_t(i, z_t)), each by the
+    inverse of its cumulative distribution at `uniform` (S, B, T). -1 past the end and where no path is feasible.
+    """
+    messages, _ = _recursion(initial, transition, emission, lengths, final, lambda x: logsumexp(x, 1))
+    time, (num_samples, batch) = len(messages), uniform.shape[:2]
+    states = torch.full((num_samples, batch, time), -1, dtype=torch.int64, device=initial.device)
+    if time == 0:
+        return states
+    arcs = _arcs(transition, lengths, time)
+    feasible = logsumexp(messages[-1], -1) > -INF
+    state = torch.zeros(num_samples, batch, dtype=torch.int64, device=initial.device)
+    for t in reversed(range(time)):
+        scores = messages[t].expand(num_samples, -1, -1)
+        if t + 1 < time:
+            rows = arcs[t].expand(batch, -1, -1).transpose(1, 2)
+            into = rows[torch.arange(batch, device=state.device), state]
+            scores = torch.where((t + 1 < lengths).unsqueeze(-1), scores + into, scores)
+        cumulative = torch.softmax(scores, -1).cumsum(-1)
+        drawn = (cumulative <= uniform[:, :, t, None] * cumulative[..., -1:]).sum(-1)
+        last = scores.shape[-1] - 1 - (scores > -INF).flip(-1).int().argmax(-1)
+        state = torch.where(t < lengths, torch.minimum(drawn, last), state)
+        states[:, :, t] = torch.where((t < lengths) & feasible, state, -1)
+    return states
