@@ -166,7 +166,7 @@ def _strings(table: pa.Table, name: str, path: Path) -> list[str]:
     import pyarrow as pa
 
     column = _column(table, name, path)
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+    if not any(check(column.type) for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)):
         raise UserError(f"{path}: column {name!r} is of type {column.type}, expected string")
     return [value or "" for value in column.to_pylist()]
 

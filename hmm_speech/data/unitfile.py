@@ -178,11 +178,12 @@ def read_units(
         from hmm_speech.data.readers import read_other
 
         corpus = read_other(path, frame_rate, vocabulary)
+        corpus.utterances = assign_splits(corpus.utterances)
         check_corpus(corpus, str(path))
     else:
         corpus = read_folder(path, parquet) if path.is_dir() else read_parquet(path)
         for name, given in (("frame_rate", frame_rate), ("vocabulary", vocabulary)):
             if given is not None and given != getattr(corpus, name):
                 raise UserError(f"{path}: {name} {given} was asked for, but the file says {getattr(corpus, name)}")
-    corpus.utterances = assign_splits(corpus.utterances)
+        corpus.utterances = assign_splits(corpus.utterances)
     return corpus

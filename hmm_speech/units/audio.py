@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 SAMPLE_RATE = 16000
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+_UNKNOWN_SIZE = 0x7FFF0000  # what writes a wav to a pipe puts a size from here on into its header
 _BLOCK = 1 << 20  # samples a channel read at a time, so that many channels are never all in memory
 
 
@@ -115,6 +117,14 @@ def _listed(root: Path, name: str, utt: str | None) -> AudioFile:
     return AudioFile(utt or Path(name).stem, root / name, Path(name).as_posix())
 
 
+def _is_truncated(log: str) -> bool:
+    """Whether libsndfile's log of a header tells that the file ends early, which it otherwise passes over."""
+    if "lacks an end-of-stream bit" in log:
+        return True
+    wav = re.search(r"^data : (\d+) \(should be \d+\)", log, re.MULTILINE)
+    return wav is not None and 0 < int(wav[1]) < _UNKNOWN_SIZE
+
+
 def read_audio(path: str | os.PathLike[str]) -> tuple[torch.Tensor, list[str]]:
     """Read a file as mono float32 at 16 kHz, and tell what was converted.
 
@@ -133,9 +143,7 @@ def read_audio(path: str | os.PathLike[str]) -> tuple[torch.Tensor, list[str]]:
     try:
         with soundfile.SoundFile(path) as sound:
             rate, channels, promised = sound.samplerate, sound.channels, sound.frames
-            truncated = "should be" in "".join(
-                line for line in sound.extra_info.splitlines() if line.lstrip().startswith("data")
-            )
+            truncated = _is_truncated(sound.extra_info)
             blocks = []
             while len(block := sound.read(_BLOCK, dtype="float32", always_2d=True)):
                 blocks.append(block[:, 0] if channels == 1 else block.mean(axis=1))
@@ -145,7 +153,7 @@ def read_audio(path: str | os.PathLike[str]) -> tuple[torch.Tensor, list[str]]:
     if len(samples) == 0:
         raise AudioError("holds no samples")
     if truncated or (0 < promised < 1 << 40 and len(samples) < promised):
-        raise AudioError(f"broken: its header promises more than the {len(samples)} samples that it holds")
+        raise AudioError(f"broken: ends early, after {len(samples)} samples")
     if not np.isfinite(samples).all():
         raise AudioError("holds samples that are NaN or infinite")
     notes = [f"{channels} channels averaged"] if channels > 1 else []
