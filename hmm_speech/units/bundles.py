@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +102,7 @@ def _load_checkpoint(path: Path) -> tuple[torch.nn.Module, bool]:
 
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # noqa: BLE001 (on bytes of another kind the unpickler raises whatever it meets)
         raise UserError(f"{path}: cannot be loaded as a checkpoint of tensors ({error})") from None
     try:
         state = content.get("state_dict", content)
@@ -112,8 +111,8 @@ def _load_checkpoint(path: Path) -> tuple[torch.nn.Module, bool]:
         model.load_state_dict(state)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{path}: does not fit torchaudio.models.wav2vec2_model ({error}); expected its state dict, or a dictionary "
-            "with state_dict and config"
+            f"{path}: does not fit torchaudio.models.wav2vec2_model ({error}); expected its state dict, or a "
+            "dictionary with state_dict and config"
         ) from None
     return model, config["extractor_mode"] == "layer_norm"  # those models are trained on normalised samples
 

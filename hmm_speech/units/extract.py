@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -255,14 +255,13 @@ class _Run:
         ):
             for index, utterance in enumerate(self.utterances):
                 frames = self.frames(index)
-                utterance.units = quantizer.assign(frames)
-                if phones is not None:
-                    utterance.phones = phones.get(utterance.id)
-                    report.aligned += utterance.phones is not None
+                aligned = None if phones is None else phones.get(utterance.id)
+                if report.aligned is not None:
+                    report.aligned += aligned is not None
                 report.frames += len(frames)
-                # a copy, so that its units and frames go when they are written
-                writer.add(Utterance(**{**vars(utterance), "frames": frames if keep_frames else None}))
-                utterance.units, utterance.phones = np.zeros(0, np.int32), None
+                # a copy, so that what it holds goes once it is written
+                kept = frames if keep_frames else None
+                writer.add(replace(utterance, units=quantizer.assign(frames), phones=aligned, frames=kept))
                 self.progress("units", index + 1, len(self.utterances))
 
 

@@ -91,7 +91,8 @@ def fit_centroids(
 
     if len(sample) < clusters:
         raise UserError(
-            f"--clusters: got {clusters}, but the train split has {len(sample)} frames; give fewer clusters or more audio"
+            f"--clusters: got {clusters}, but the train split has {len(sample)} frames; give fewer clusters or "
+            "more audio"
         )
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct frames than clusters: some stay unused
