@@ -102,7 +102,7 @@ def _load_checkpoint(path: Path) -> tuple[torch.nn.Module, bool]:
 
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 (on bytes of another kind the unpickler raises whatever it meets)
+    except Exception as error:
         raise UserError(f"{path}: cannot be loaded as a checkpoint of tensors ({error})") from None
     try:
         state = content.get("state_dict", content)

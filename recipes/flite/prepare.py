@@ -47,7 +47,7 @@ class Speech(NamedTuple):
 
 
 def clauses(text: str) -> Iterator[list[str]]:
-    """The words of each clause, punctuation kept; the inner quotes and brackets, which flite might spell, are not."""
+    """The words of each clause with their punctuation, without quotes and brackets, which flite might spell."""
     text = re.sub(r"(?<=\w)-\n", "-", text).replace("--", ", ").replace("(", ", ")
     text = re.sub(r"[`\"_\[\]*]|'(?=\s|$|[,.!?;:)])|(?<=\s)'", "", text)
     for clause in CLAUSE_END.split(" ".join(text.split())):
@@ -150,10 +150,10 @@ def synthesise(speeches: Sequence[Speech], out: Path) -> None:
     )
 
 
-def make_units(out: Path, units: Path) -> list[Report]:
+def make_units(out: Path, units: Path, kinds: Sequence[str] = ("logmel", "mfcc")) -> list[Report]:
     """Quantize the corpus under `out` as `hmm-speech units` does, and copy the unit files to `units`."""
     reports = []
-    for features in ("logmel", "mfcc"):
+    for features in kinds:
         report = extract_units(
             out / "audio",
             out / f"{features}.parquet",
