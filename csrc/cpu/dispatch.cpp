@@ -45,8 +45,8 @@ void parallel(int workers, void (*body)(void *, int, int), void *context) {
 }
 
 bool valid(const hmm_problem *p) {
-  if (!p || p->batch < 0 || p->time < 0 || p->states < 1 || p->threads < 1 || !p->initial || !p->transition || !p->lengths)
-    return false;
+  if (!p || p->batch < 0 || p->time < 0 || p->states < 1 || p->threads < 1) return false;
+  if (p->batch > 0 && (!p->initial || !p->lengths || (p->time > 1 && !p->transition))) return false;
   return std::all_of(p->lengths, p->lengths + p->batch, [&](int64_t n) { return n >= 0 && n <= p->time; });
 }
 

@@ -62,6 +62,7 @@ template <class Real> struct Forward : Status {
 
   void operator()(int worker, int workers) {
     const FlushToZero flush;
+    for (int64_t b = worker; b < p.batch; b += workers) clear(alpha, b, p.states);
     if (p.time_varying) return log_space(worker, workers);
     Scratch<Real> rows(kGroupRows * round_up(p.states, kPanel<Real>));
     if (!rows.data) return out_of_memory();
@@ -79,6 +80,11 @@ template <class Real> struct Forward : Status {
       for (int m = 0; m < group.size; m++)
         if (method[group.index[m]] == HMM_LOG_SPACE && !redo(group.index[m])) return out_of_memory();
     }
+  }
+
+  // What lies past a sequence's end is 0, so that equal inputs give equal outputs, bit for bit.
+  void clear(Real *x, int64_t b, int64_t width) {
+    std::memset(x + (b * p.time + p.lengths[b]) * width, 0, (p.time - p.lengths[b]) * width * sizeof(Real));
   }
 
   void scaled(const Arcs<Real> &arcs, const Group &group, Real *rows) {
@@ -102,6 +108,8 @@ template <class Real> struct Forward : Status {
     for (int64_t k = worker; k < p.batch; k += workers) {
       const int64_t b = grouping.order[k], at = b * p.time * p.states;
       method[b] = HMM_LOG_SPACE;
+      clear(norm, b, p.states);
+      clear(centre, b, 1);
       log_partition[b] =
           Real(forward_log_space<Real, Real>(Sequence<Real>(p, b), alpha + at, norm + at, centre + b * p.time, rows));
     }
@@ -282,7 +290,7 @@ template <class Real> struct Sample : Status {
     if (!rows.data || !columns.data) return out_of_memory();
     for (int64_t b = worker; b < p.batch; b += workers) {
       const Sequence<Real> q(p, b);
-      if (!p.time_varying && (b == worker || p.transition_batch_stride))
+      if (!p.time_varying && p.time > 1 && (b == worker || p.transition_batch_stride))
         for (int64_t i = 0; i < N; i++)
           for (int64_t j = 0; j < N; j++) columns[j * N + i] = q.transition[i * N + j];
       const bool feasible = log_partition[b] - log_partition[b] == 0;

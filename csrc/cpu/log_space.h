@@ -123,8 +123,12 @@ double forward_log_space(const Sequence<In> &q, Acc *alpha, Acc *norm, Acc *cent
     }
     centre[t] = C;
     offset += double(C);
-    if (!centre_row<In, Acc>(row, q.emission ? q.frame(t) : nullptr, t == L - 1 ? q.final : nullptr, N, alpha + t * N, offset))
+    if (!centre_row<In, Acc>(row, q.emission ? q.frame(t) : nullptr, t == L - 1 ? q.final : nullptr, N, alpha + t * N, offset)) {
+      std::memset(alpha + (t + 1) * N, 0, (L - t - 1) * N * sizeof(Acc));
+      std::memset(norm + (t + 1) * N, 0, (L - t - 1) * N * sizeof(Acc));
+      std::memset(centre + t + 1, 0, (L - t - 1) * sizeof(Acc));
       return offset == offset ? -std::numeric_limits<double>::infinity() : offset;
+    }
   }
   const Acc *last = alpha + (L - 1) * N;
   double total = 0;

@@ -51,7 +51,7 @@ class HMM:
     >>> hmm.viterbi().states
     tensor([[0, 0, 1]])
     >>> hmm.marginals()[0, :, 0].round(decimals=3)
-    tensor([0.9390, 0.9280, 0.2300])
+    tensor([0.9260, 0.8810, 0.2430])
     """
 
     def __init__(
@@ -145,7 +145,9 @@ class HMM:
         if not isinstance(states, Tensor) or states.dtype != torch.int64:
             raise TypeError(f"states: got {getattr(states, 'dtype', type(states).__name__)}, expected an int64 tensor")
         if tuple(states.shape) != (batch, time):
-            raise ValueError(f"states: shape is {checks.shape_of(states)}, expected ({batch}, {time}), one state a frame")
+            raise ValueError(
+                f"states: shape is {checks.shape_of(states)}, expected ({batch}, {time}), one state a frame"
+            )
         if states.device != self.transition.device:
             raise ValueError(f"states: on {states.device}, expected {self.transition.device}, where transition is")
         inside = torch.arange(time, device=states.device) < self.lengths.unsqueeze(-1)
@@ -229,5 +231,7 @@ class HMMForward:
         """
         checks.require_tensor("potential", potential)
         if potential.dim() != 4 or potential.shape[-1] != potential.shape[-2] or potential.shape[1] < 1:
-            raise ValueError(f"potential: shape is {checks.shape_of(potential)}, expected (B, T, N, N) with T of at least 1")
+            raise ValueError(
+                f"potential: shape is {checks.shape_of(potential)}, expected (B, T, N, N) with T of at least 1"
+            )
         return log_partition(potential[:, 0, 0], potential[:, 1:], None, lengths).unsqueeze(-1)

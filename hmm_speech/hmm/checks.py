@@ -28,7 +28,9 @@ def common_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
     doubles = [name for name, x in tensors.items() if x.dtype == torch.float64]
     if doubles and len(doubles) < len(tensors):
         others = ", ".join(f"{name} is {x.dtype}" for name, x in tensors.items() if name not in doubles)
-        raise TypeError(f"{doubles[0]} is torch.float64 but {others}; expected one precision: convert with .double() or .float()")
+        raise TypeError(
+            f"{doubles[0]} is torch.float64 but {others}; expected one precision: convert with .double() or .float()"
+        )
     return torch.float64 if doubles else torch.float32
 
 
@@ -48,7 +50,9 @@ def check_shapes(initial: Tensor, transition: Tensor, emission: Tensor | None, f
         batch, time = transition.shape[0], transition.shape[1] + 1
     else:
         if emission.dim() != 3 or emission.shape[2] != num_states:
-            raise ValueError(f"emission: shape is {shape_of(emission)}, expected (B, T, N) with N = {num_states} as in transition")
+            raise ValueError(
+                f"emission: shape is {shape_of(emission)}, expected (B, T, N) with N = {num_states} as in transition"
+            )
         batch, time = emission.shape[:2]
     if transition.dim() > 2 and transition.shape[0] != batch:
         raise ValueError(f"transition: shape is {shape_of(transition)}, expected B = {batch} first, as in emission")

@@ -84,7 +84,9 @@ def load() -> Library:
         handle = ctypes.CDLL(str(found))
         version = handle.hmm_abi_version()
         if version != ABI_VERSION:
-            return Library(None, f"{found} has interface version {version}, this package needs {ABI_VERSION}; {REBUILD}")
+            return Library(
+                None, f"{found} has interface version {version}, this package needs {ABI_VERSION}; {REBUILD}"
+            )
         _declare(handle)
     except (OSError, AttributeError) as error:
         return Library(None, f"{found} did not load ({error}); {REBUILD}")
@@ -157,4 +159,6 @@ def backend() -> Backend:
     if _choice.get() == "reference":
         return Backend("reference", 'chosen by use_backend("reference")', redone)
     instructions = library.handle.hmm_instruction_set().decode()
-    return Backend("native", f"{instructions} kernels for CPU tensors, the reference elsewhere; {library.detail}", redone)
+    return Backend(
+        "native", f"{instructions} kernels for CPU tensors, the reference elsewhere; {library.detail}", redone
+    )

@@ -63,7 +63,9 @@ class _Call:
         pointers = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
         status = getattr(handle, f"hmm_{name}_{suffix}")(ctypes.byref(self.problem), *pointers)
         if status:
-            raise RuntimeError(f"hmm_speech {name}: {handle.hmm_status_message(status).decode()}; B, T, N = {self.shape}")
+            raise RuntimeError(
+                f"hmm_speech {name}: {handle.hmm_status_message(status).decode()}; B, T, N = {self.shape}"
+            )
 
 
 def _forward(initial, transition, emission, lengths, final):
@@ -114,7 +116,9 @@ def _fake_messages(initial, transition, emission, lengths, final):
     )
 
 
-def _fake_backward(grad, initial, transition, emission, lengths, final, log_partition, alpha, norm, centre, method, edges):
+def _fake_backward(
+    grad, initial, transition, emission, lengths, final, log_partition, alpha, norm, centre, method, edges
+):
     return torch.empty_like(alpha), transition.new_empty(transition.shape if edges else (0,))
 
 
@@ -177,7 +181,10 @@ class Posterior(Function):
         saved = ctx.saved_tensors
         higher = torch.is_grad_enabled()
         with torch.enable_grad():
-            tracked = [x if x is None or x.requires_grad or not x.is_floating_point() else x.detach().requires_grad_() for x in saved]
+            tracked = [
+                x if x is None or x.requires_grad or not x.is_floating_point() else x.detach().requires_grad_()
+                for x in saved
+            ]
             grad, initial, transition, emission, lengths, final = tracked
             state, edge = posterior(grad, initial, transition, emission, lengths, final, ctx.edges)
             value = (state * grad_state).sum() + ((edge * grad_edge).sum() if ctx.edges else 0)
@@ -196,7 +203,9 @@ def posterior(grad, initial, transition, emission, lengths, final, edges: bool) 
             emission = transition.new_zeros(lengths.shape[0], reference.frames(transition, None), transition.shape[-1])
         tracked = [x if x.requires_grad else x.detach().requires_grad_() for x in (emission, transition)]
         z = reference.log_partition(initial, tracked[1], tracked[0], lengths, final)
-        found = torch.autograd.grad((z * grad).sum(), tracked if edges else tracked[:1], create_graph=True, allow_unused=True)
+        found = torch.autograd.grad(
+            (z * grad).sum(), tracked if edges else tracked[:1], create_graph=True, allow_unused=True
+        )
     state, *edge = [torch.zeros_like(x) if g is None else g for g, x in zip(found, tracked, strict=False)]
     return state, edge[0] if edge else transition.new_empty(0)
 

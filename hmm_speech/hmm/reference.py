@@ -75,8 +75,9 @@ def log_partition(initial, transition, emission, lengths, final) -> Tensor:
     Each message is re-centred so that errors do not grow with T; what is taken out is summed in float64.
     """
     messages, offset = _recursion(initial, transition, emission, lengths, final, lambda x: logsumexp(x, 1))
-    if not messages:
-        return torch.zeros_like(offset, dtype=initial.dtype)
+    if not messages:  # zeros that autograd knows, as every other result is
+        nothing = torch.zeros((), dtype=torch.bool, device=initial.device)
+        return torch.where(nothing, initial.expand(lengths.shape[0], -1), 0).sum(-1)
     return torch.where(lengths > 0, offset + logsumexp(messages[-1], -1).double(), 0).to(initial.dtype)
 
 
@@ -95,7 +96,11 @@ def viterbi(initial, transition, emission, lengths, final) -> tuple[Tensor, Tens
     score = torch.where(lengths > 0, offset + best, 0).to(initial.dtype)
     for t in reversed(range(time)):
         if t + 1 < time:
-            into = arcs[t].expand(lengths.shape[0], -1, -1).gather(2, state[:, None, None].expand(-1, arcs[t].shape[-1], 1))
+            into = (
+                arcs[t]
+                .expand(lengths.shape[0], -1, -1)
+                .gather(2, state[:, None, None].expand(-1, arcs[t].shape[-1], 1))
+            )
             state = torch.where(t + 1 < lengths, (messages[t] + into.squeeze(-1)).argmax(-1), state)
         states[:, t] = torch.where(t < lengths, state, -1)
     return score, torch.where((score > -INF).unsqueeze(-1), states, -1)
