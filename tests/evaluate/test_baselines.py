@@ -48,7 +48,9 @@ SEQUENCES = st.lists(st.lists(st.integers(0, 3), max_size=8), min_size=1, max_si
 @given(train=SEQUENCES, valid=SEQUENCES, test=SEQUENCES, order=st.integers(1, 3))
 def test_equals_slow_reference_and_is_normalised(train, valid, test, order):
     train, valid, test = ([np.array(s, dtype=np.int64) for s in split] for split in (train, valid, test))
-    model = NGram(order, 4).fit(train).tune(valid)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hmm_speech.evaluate.baselines.FRAMES_A_BUCKET", 2)  # several buckets on little data
+        model = NGram(order, 4).fit(train).tune(valid)
 
     def weight_of(k, total, types):
         bucket = 1 + np.searchsorted(model._edges[k - 1], total / types, side="right")
@@ -99,6 +101,14 @@ def test_weights_are_a_local_optimum_on_valid(order, monkeypatch):
                     # The prior and EM's stopping rule leave a little room; a wrong M-step misses by far more.
                     assert model.bits_per_frame(valid) > tuned - 2e-4
             weights[bucket] = best
+
+
+def test_weights_are_tuned_on_valid_and_not_on_test():
+    train, valid, test = markov(0, 6, 5, 60), markov(0, 6, 12, 60)[5:], markov(9, 6, 5, 60)
+    got = ngram_baselines(train, valid, test, 6)
+    for order, bits in enumerate(got.values(), start=1):
+        assert bits == NGram(order, 6).fit(train).tune(valid).bits_per_frame(test)
+        assert bits > NGram(order, 6).fit(train).tune(test).bits_per_frame(test) + 0.1
 
 
 def test_recovers_the_entropy_rate_of_a_markov_chain():
