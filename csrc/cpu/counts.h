@@ -1,5 +1,5 @@
 // Expected transition counts: counts(i, j) = A(i, j) sum over frames of left(i) right(j), one matrix product a block of
-// frames. 2 N^2 flops a frame; both blocks are packed as they arrive and stay in the second-level cache.
+// frames. 2 N^2 flops a frame; the right side is packed as it arrives.
 #pragma once
 #include "scaled_arcs.h"
 
@@ -7,49 +7,57 @@ namespace {
 
 template <class Real> struct Counts {
   static constexpr int kRows = 8, kColumns = kPanelVectors / 2 * kLanes<Real>;  // of the register tile
-  const int64_t N, padded_rows, padded_columns;
-  const int64_t depth;  // frames a block
+  static constexpr int kDepth = 256;                                           // frames a block
+  const int64_t N, padded;
   int64_t filled = 0;
-  Scratch<Real> sum, left, right;
+  Scratch<Real> sum, right;
+  const Real *left[kDepth];
 
   explicit Counts(int64_t n)
-      : N(n), padded_rows(round_up(n, kRows)), padded_columns(round_up(n, kColumns)), depth(n <= 256 ? 256 : 128),
-        sum(padded_rows * padded_columns), left(padded_rows * depth), right(padded_columns * depth) {}
-  bool allocated() const { return sum.data && left.data && right.data; }
+      : N(n), padded(round_up(n, kColumns)), sum(round_up(n, kRows) * padded), right(padded * kDepth) {}
+  bool allocated() const { return sum.data && right.data; }
 
-  // One frame: a (N) times `scale` on the left, u (padded) on the right.
+  // One frame: a (N), which must stay where it is until the next flush, on the left; scale * u (padded) on the right.
   void add(const Real *a, Real scale, const Real *u) {
     constexpr int W = kLanes<Real>;
-    for (int64_t i = 0; i < N; i += kRows)
-      for (int64_t r = 0; r < kRows && i + r < N; r++) left[(i * depth) + filled * kRows + r] = a[i + r] * scale;
-    for (int64_t j = 0; j < padded_columns; j += W)
-      store(right + j / kColumns * kColumns * depth + filled * kColumns + j % kColumns, load(u + j));
-    if (++filled == depth) flush();
+    scale *= std::ldexp(Real(1), -kTopBits);  // so that the products stay in range; finish() takes it back
+    left[filled] = a;
+    for (int64_t j = 0; j < padded; j += W)
+      store(right + j / kColumns * kColumns * kDepth + filled * kColumns + j % kColumns, load(u + j) * scale);
+    if (++filled == kDepth) flush();
+  }
+
+  // sum(i.., j..) += left(:, i..)^T right(:, j..) for Rows rows and one tile of columns.
+  template <int Rows> void tile(int64_t i, int64_t j) {
+    constexpr int W = kLanes<Real>, B = kColumns / W;
+    Vec<Real> acc[Rows][B] = {};
+    const Real *y = right + j * kDepth;
+    for (int64_t k = 0; k < filled; k++) {
+      const Real *x = left[k] + i;
+      Vec<Real> column[B];
+#pragma GCC unroll 4
+      for (int v = 0; v < B; v++) column[v] = load(y + k * kColumns + v * W);
+#pragma GCC unroll 8
+      for (int m = 0; m < Rows; m++) {
+        const Vec<Real> s = splat(x[m]);
+#pragma GCC unroll 4
+        for (int v = 0; v < B; v++) acc[m][v] += s * column[v];
+      }
+    }
+    for (int m = 0; m < Rows; m++)
+      for (int v = 0; v < B; v++) {
+        Real *out = sum + (i + m) * padded + j + v * W;
+        store(out, load(out) + acc[m][v]);
+      }
   }
 
   void flush() {
-    constexpr int W = kLanes<Real>, B = kColumns / W;
-    for (int64_t j = 0; j < padded_columns; j += kColumns)
-      for (int64_t i = 0; i < padded_rows; i += kRows) {
-        Vec<Real> acc[kRows][B] = {};
-        const Real *x = left + i * depth, *y = right + j * depth;
-        for (int64_t k = 0; k < filled; k++) {
-          Vec<Real> column[B];
-#pragma GCC unroll 4
-          for (int v = 0; v < B; v++) column[v] = load(y + k * kColumns + v * W);
-#pragma GCC unroll 8
-          for (int m = 0; m < kRows; m++) {
-            const Vec<Real> s = splat(x[k * kRows + m]);
-#pragma GCC unroll 4
-            for (int v = 0; v < B; v++) acc[m][v] += s * column[v];
-          }
-        }
-        for (int m = 0; m < kRows; m++)
-          for (int v = 0; v < B; v++) {
-            Real *out = sum + (i + m) * padded_columns + j + v * W;
-            store(out, load(out) + acc[m][v]);
-          }
-      }
+    for (int64_t j = 0; j < padded; j += kColumns) {
+      int64_t i = 0;
+      for (; i + kRows <= N; i += kRows) tile<kRows>(i, j);
+      for (; i + 2 <= N; i += 2) tile<2>(i, j);
+      if (i < N) tile<1>(i, j);
+    }
     filled = 0;
   }
 
@@ -60,7 +68,7 @@ template <class Real> struct Counts {
     for (int64_t i = 0; i < N; i++)
       for (int64_t j = 0; j < N; j++) {
         const Real a = arcs.forward[j / P * P * N + i * P + j % P];
-        if (a > 0) edge[i * N + j] += std::ldexp(sum[i * padded_columns + j], kTopBits) * a;
+        if (a > 0) edge[i * N + j] += std::ldexp(sum[i * padded + j], kTopBits) * a;
       }
   }
 };

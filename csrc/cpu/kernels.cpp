@@ -62,7 +62,10 @@ template <class Real> struct Forward : Status {
 
   void operator()(int worker, int workers) {
     const FlushToZero flush;
-    for (int64_t b = worker; b < p.batch; b += workers) clear(alpha, b, p.states);
+    for (int64_t b = worker; b < p.batch; b += workers) {
+      clear(alpha, b, p.states);
+      clear(centre, b, 1);
+    }
     if (p.time_varying) return log_space(worker, workers);
     Scratch<Real> rows(kGroupRows * round_up(p.states, kPanel<Real>));
     if (!rows.data) return out_of_memory();
@@ -88,7 +91,7 @@ template <class Real> struct Forward : Status {
   }
 
   void scaled(const Arcs<Real> &arcs, const Group &group, Real *rows) {
-    if (arcs.usable) forward_group(p, arcs, group, rows, log_partition, alpha, method);
+    if (arcs.usable) forward_group(p, arcs, group, rows, log_partition, alpha, centre, method);
     else
       for (int m = 0; m < group.size; m++) method[group.index[m]] = HMM_LOG_SPACE;
   }
@@ -99,6 +102,7 @@ template <class Real> struct Forward : Status {
     if (!exact.allocated()) return false;
     log_partition[b] = Real(forward_log_space<Real, double>(q, exact.alpha, exact.norm, exact.centre, exact.rows));
     for (int64_t k = 0; k < q.length * p.states; k++) alpha[b * p.time * p.states + k] = Real(exact.alpha[k]);
+    std::memset(centre + b * p.time, 0, q.length * sizeof(Real));  // of no use to anyone, but the same bits every time
     return true;
   }
 
@@ -109,7 +113,6 @@ template <class Real> struct Forward : Status {
       const int64_t b = grouping.order[k], at = b * p.time * p.states;
       method[b] = HMM_LOG_SPACE;
       clear(norm, b, p.states);
-      clear(centre, b, 1);
       log_partition[b] =
           Real(forward_log_space<Real, Real>(Sequence<Real>(p, b), alpha + at, norm + at, centre + b * p.time, rows));
     }
@@ -152,7 +155,7 @@ template <class Real> struct Backward : Status {
       one.size = 1, one.index[0] = b, one.length[0] = p.lengths[b];
       Counts<Real> counts(mine ? N : 0);
       if (!own.allocated() || !counts.allocated()) return out_of_memory();
-      backward_group(p, own, one, (Real *)rows, grad, alpha, state, mine ? &counts : nullptr);
+      backward_group(p, own, one, (Real *)rows, grad, alpha, centre, state, mine ? &counts : nullptr);
       if (mine) counts.finish(own, mine);
     }
   }
@@ -179,7 +182,7 @@ template <class Real> struct Backward : Status {
         scaled.index[scaled.size] = b;
         scaled.length[scaled.size++] = p.lengths[b];
       }
-      if (scaled.size) backward_group(p, *shared, scaled, rows, grad, alpha, state, mine ? &counts : nullptr);
+      if (scaled.size) backward_group(p, *shared, scaled, rows, grad, alpha, centre, state, mine ? &counts : nullptr);
     }
     if (mine) counts.finish(*shared, mine);
     return true;

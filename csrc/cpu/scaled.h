@@ -21,27 +21,33 @@ struct Group {
   }
 };
 
-// w = exp(e + shift - maximum); returns the maximum. A forbidden state gets 0, an allowed one at least 2^-126, so that
-// the two stay apart. emission, shift: null for zeros. Reads and writes N numbers; what pads w is left alone.
-template <class Real> HMM_INLINE double frame_weights(const Real *emission, const Real *shift, int64_t N, Real *w) {
+// The largest e + shift of a frame, 0 where all are forbidden. emission, shift: null for zeros.
+template <class Real> HMM_INLINE Real frame_top(const Real *emission, const Real *shift, int64_t N) {
   constexpr int W = kLanes<Real>;
   const Real ninf = kNegativeInfinity<Real>;
-  auto read = [&](int64_t j) { return emission ? load_part(emission + j, N - j, ninf) : Vec<Real>{}; };
-  auto read_shift = [&](int64_t j) { return shift ? load(shift + j) : Vec<Real>{}; };
   Vec<Real> m = splat(ninf);
   for (int64_t j = 0; j < N; j += W) {
-    Vec<Real> e = read(j) + read_shift(j);
-    if (!emission && N - j < W) e = load_part((const Real *)&e, N - j, ninf);
+    Vec<Real> e = emission ? load_part(emission + j, N - j, ninf) : Vec<Real>{};
+    if (shift) e += emission ? load(shift + j) : load_part(shift + j, N - j, ninf);
     m = larger(m, e);
   }
-  Real top = max_of<Real>(m);
-  if (top == ninf) top = 0;
+  const Real top = max_of<Real>(m);
+  return top == ninf ? Real(0) : top;
+}
+
+// w = exp(e + shift - top). A forbidden state gets 0, an allowed one at least 2^-126, so that the two stay apart. Writes N
+// numbers; what pads w is left alone.
+template <class Real>
+HMM_INLINE void frame_weights(const Real *emission, const Real *shift, Real top, int64_t N, Real *w) {
+  constexpr int W = kLanes<Real>;
+  const Real ninf = kNegativeInfinity<Real>;
   for (int64_t j = 0; j < N; j += W) {
-    Vec<Real> e = (read(j) - top) + read_shift(j), x = exp<Real>(e);
+    Vec<Real> e = (emission ? load_part(emission + j, N - j, ninf) : Vec<Real>{}) - top;
+    if (shift) e += load(shift + j);
+    Vec<Real> x = exp<Real>(e);
     x = x < kTiny<Real> ? splat(kTiny<Real>) : x;
     store_part(w + j, N - j, e == ninf ? Vec<Real>{} : x);
   }
-  return double(top);
 }
 
 // w *= f, where allowed states stay at least 2^-126.
@@ -53,13 +59,18 @@ template <class Real> HMM_INLINE void multiply_weights(Real *w, const Real *f, i
 }
 
 // The weights of frame t of one sequence, final scores included; returns what was taken out of the log partition.
-template <class Real>
-HMM_INLINE double weigh(const Sequence<Real> &q, const Arcs<Real> &arcs, int64_t t, Real *w, Real *spare) {
-  double taken = frame_weights<Real>(q.emission ? q.frame(t) : nullptr, t ? arcs.shift.data : nullptr, q.states, w);
-  if (t) taken += arcs.top;
+// `centre` remembers the frame's maximum between the forward pass, which finds it, and the backward one.
+template <bool Find, class Real>
+HMM_INLINE double weigh(const Sequence<Real> &q, const Arcs<Real> &arcs, int64_t t, Real &centre, Real *w, Real *spare) {
+  const Real *emission = q.emission ? q.frame(t) : nullptr, *shift = t ? arcs.shift.data : nullptr;
+  if (Find) centre = frame_top<Real>(emission, shift, q.states);
+  frame_weights<Real>(emission, shift, centre, q.states, w);
+  double taken = double(centre) + (t ? arcs.top : 0);
   if (q.final && t == q.length - 1) {
-    taken += frame_weights<Real>(q.final, nullptr, q.states, spare);
+    const Real top = frame_top<Real>(q.final, nullptr, q.states);
+    frame_weights<Real>(q.final, nullptr, top, q.states, spare);
     multiply_weights(w, spare, q.states);
+    taken += double(top);
   }
   return taken;
 }
@@ -114,7 +125,7 @@ constexpr int kGroupRows = 2 * kGroup + 3;
 
 template <class Real>
 void forward_group(const hmm_problem &p, const Arcs<Real> &arcs, const Group &group, Real *scratch, Real *log_partition,
-                   Real *alpha, int32_t *method) {
+                   Real *alpha, Real *centre, int32_t *method) {
   constexpr int W = kLanes<Real>;
   const int64_t N = p.states, padded = arcs.padded;
   const Real smallest = std::ldexp(Real(1), Range<Real>::kEntryBits), top = std::ldexp(Real(1), kTopBits);
@@ -131,12 +142,15 @@ void forward_group(const hmm_problem &p, const Arcs<Real> &arcs, const Group &gr
       previous[m] = alpha + (row - (t > 0)) * N;
       out[m] = m < running ? alpha + row * N : idle;
       w[m] = m < running ? weights + m * padded : zeros;
-      if (m < running) taken[m] += weigh(Sequence<Real>(p, group.index[m]), arcs, t, weights + m * padded, spare);
+      if (m < running)
+        taken[m] += weigh<true>(Sequence<Real>(p, group.index[m]), arcs, t, centre[row], weights + m * padded, spare);
     }
     if (t == 0)
       for (int m = 0; m < running; m++) {
         const Sequence<Real> q(p, group.index[m]);
-        taken[m] += frame_weights<Real>(q.initial, nullptr, N, spare) - kTopBits * kLn2;
+        const Real initial_top = frame_top<Real>(q.initial, nullptr, N);
+        frame_weights<Real>(q.initial, nullptr, initial_top, N, spare);
+        taken[m] += double(initial_top) - kTopBits * kLn2;
         total[m] = 0;
         for (int64_t j = 0; j < N; j++) {
           out[m][j] = spare[j] * top * w[m][j];
@@ -153,13 +167,14 @@ void forward_group(const hmm_problem &p, const Arcs<Real> &arcs, const Group &gr
         flag[m] = true;
         continue;
       }
+      if (t == group.length[m] - 1) log_partition[group.index[m]] = Real(taken[m] + std::log(total[m]));
+      if (total[m] >= std::ldexp(1., kLowestTopBits) && total[m] < std::ldexp(1., kTopBits + 1)) continue;
       int exponent;
       std::frexp(total[m], &exponent);
       const int up = kTopBits + 1 - exponent;
       const Real scale = std::ldexp(Real(1), up);
       for (int64_t j = 0; j < N; j += W) store_part(out[m] + j, N - j, load_part(out[m] + j, N - j, Real(0)) * scale);
       taken[m] -= up * kLn2;
-      if (t == group.length[m] - 1) log_partition[group.index[m]] = Real(taken[m] + std::log(std::ldexp(total[m], up)));
     }
   }
   for (int m = 0; m < group.size; m++) {
@@ -185,31 +200,35 @@ template <int M, class Real> void backward_step(const Arcs<Real> &arcs, const Re
   for (; i < arcs.N; i += W) columns(Width<1>{}, i);
 }
 
-// gamma = grad a b / G into state, b / G into b, with G = sum a b; a state that cannot be reached gets 0. Returns 1 / G.
-template <class Real> HMM_INLINE Real posterior_row(const Real *a, Real *b, Real grad, int64_t N, Real *state) {
+// G = sum a b over the states that can be reached; b of the others becomes 0, whatever it overflowed to.
+template <class Real> HMM_INLINE Real posterior_mass(const Real *a, Real *b, int64_t N) {
   constexpr int W = kLanes<Real>;
   Vec<Real> g = {};
   for (int64_t j = 0; j < N; j += W) {
-    Vec<Real> x = load_part(a + j, N - j, Real(0)), y = x > Real(0) ? load(b + j) : Vec<Real>{};
+    const Vec<Real> x = load_part(a + j, N - j, Real(0)), y = x > Real(0) ? load(b + j) : Vec<Real>{};
     store(b + j, y);
     g += x * y;
   }
-  const Real inverse = Real(1) / sum_of<Real>(g);
+  return sum_of<Real>(g);
+}
+
+// gamma = grad a b / G into state (N), and w b / G into next, which is padded; w null for 1.
+template <class Real>
+HMM_INLINE void posterior_row(const Real *a, const Real *b, const Real *w, Real grad, Real inverse, int64_t N, Real *state, Real *next) {
+  constexpr int W = kLanes<Real>;
   for (int64_t j = 0; j < N; j += W) {
-    Vec<Real> y = load(b + j) * inverse;
-    store(b + j, y);
+    const Vec<Real> y = load(b + j) * inverse;
     store_part(state + j, N - j, load_part(a + j, N - j, Real(0)) * y * grad);
+    if (w) store(next + j, load(w + j) * y);
   }
-  return inverse;
 }
 
 template <class Real>
 void backward_group(const hmm_problem &p, const Arcs<Real> &arcs, const Group &group, Real *scratch, const Real *grad,
-                    const Real *alpha, Real *state, Counts<Real> *counts) {
-  constexpr int W = kLanes<Real>;
+                    const Real *alpha, const Real *centre, Real *state, Counts<Real> *counts) {
   const int64_t N = p.states, padded = arcs.padded;
-  // `next` holds w * b of the frame after; `weights` doubles as the idle rows' destination.
-  Real *next = scratch, *beta = scratch + kGroup * padded, *spare = beta + kGroup * padded, *w = spare + padded, *idle = w + padded;
+  // `next` holds w * b of the frame after; the idle rows of a step go to `idle`.
+  Real *next = scratch, *beta = next + kGroup * padded, *spare = beta + kGroup * padded, *w = spare + padded, *idle = w + padded;
   const int64_t longest = group.size ? group.length[0] : 0;
   for (int64_t t = longest - 1; t >= 0; t--) {
     const int running = group.running(t), before = group.running(t + 1);
@@ -224,15 +243,16 @@ void backward_group(const hmm_problem &p, const Arcs<Real> &arcs, const Group &g
     else if (before > 1) backward_step<2, Real>(arcs, u, out);
     else if (before > 0) backward_step<1, Real>(arcs, u, out);
     for (int m = 0; m < running; m++) {
-      const int64_t b = group.index[m], row = (b * p.time + t) * N;
+      const int64_t b = group.index[m], frame = b * p.time + t;
+      const Real *a = alpha + frame * N;
       Real *const y = beta + m * padded;
       if (m >= before)
         for (int64_t j = 0; j < N; j++) y[j] = 1;
-      const Real inverse = posterior_row(alpha + row, y, grad[b], N, state + row);
-      if (counts && m < before) counts->add(alpha + row, grad[b] * inverse * std::ldexp(Real(1), -kTopBits), next + m * padded);
-      if (t == 0) continue;
-      weigh(Sequence<Real>(p, b), arcs, t, w, spare);
-      for (int64_t j = 0; j < N; j += W) store(next + m * padded + j, load(w + j) * load(y + j));
+      const Real inverse = Real(1) / posterior_mass(a, y, N);
+      if (counts && m < before) counts->add(a, grad[b] * inverse, next + m * padded);
+      Real found = t ? centre[frame] : Real(0);
+      if (t) weigh<false>(Sequence<Real>(p, b), arcs, t, found, w, spare);
+      posterior_row<Real>(a, y, t ? w : nullptr, grad[b], inverse, N, state + frame * N, next + m * padded);
     }
   }
 }

@@ -2,7 +2,7 @@
 // power-of-two scales, which are exact, and a certificate).
 //
 //   A(i, j) = exp(phi(i, j) - c(j)),  c(j) = max_i phi(i, j);     w_t(j) = exp(e_t(j) + c(j) - max of the same over j)
-//   a_t     = 2^k_t (a_{t-1} A) * w_t,    sum_j a_t(j) in [2^30, 2^31);      log Z = log sum_j a_{L-1}(j) + what was taken out
+//   a_t     = 2^k_t (a_{t-1} A) * w_t,    sum_j a_t(j) in [2^18, 2^31);      log Z = log sum_j a_{L-1}(j) + what was taken out
 //   b_{t-1} = A (w_t * b_t) / G,          G such that sum_i a_{t-1}(i) b_{t-1}(i) = 1;          gamma_t = a_t * b_t
 //   counts  = A * sum_t a_{t-1}^T (w_t * b_t) / G_{t-1},   as one matrix product over blocks of frames
 //
@@ -13,7 +13,7 @@
 // When is it exact? A number below 2^-126 (float) is lost. Two certificates, either is enough:
 //  (mixing) All arcs allowed, and within each column they differ by R bits at most. Then the backward scores of any two
 //     states differ by R bits at most, so that what is lost at t has a posterior below N^2 2^(-126 - 30 + R) / rho_t, where
-//     rho_t is the sum before rescaling over 2^30. With rho_t >= 2^-48 demanded, R <= 84 - 2 log2 N - log2 T keeps the sum
+//     rho_t is the sum before rescaling, over 2^30. With rho_t >= 2^-48 demanded, R <= 84 - 2 log2 N - log2 T keeps the sum
 //     over all frames below 2^-24.
 //  (entrywise) Every state that can be reached has a message of at least 2^-94, hence a relative error of at most N 2^-32:
 //     nothing was lost. A state with a smaller message is reachable if an allowed arc leads to it from a state whose
@@ -37,7 +37,8 @@ template <> struct Range<float> {
 template <> struct Range<double> {
   static constexpr int kSmallestBits = -1022, kEntryBits = -960, kArcBits = -980, kLossBits = -400;
 };
-constexpr int kTopBits = 30;
+// Messages are rescaled to a sum in [2^30, 2^31) when it leaves [2^18, 2^31): once in some ten frames of typical speech.
+constexpr int kTopBits = 30, kLowestTopBits = 18;
 
 #if defined(__AVX512F__)
 constexpr int kPanelVectors = 4;  // a panel of packed columns; 32 registers: up to 16 accumulators

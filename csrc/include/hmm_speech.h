@@ -43,9 +43,9 @@ typedef struct hmm_problem {
 
 /* Forward algorithm.
  *   log_partition (B,), alpha (B, T, N), norm (B, T, N), centre (B, T), method (B,) out.
- * method HMM_SCALED: alpha holds p(z_t | x_0..t), scaled so that its sum lies in [2^30, 2^31); norm, centre are unused
- * and may be NULL when time_varying is 0. HMM_LOG_SPACE: alpha holds log messages whose maximum is 0; where
- * time_varying is 1, norm + centre is the log-sum over the previous state, before emission.
+ * HMM_SCALED: alpha is proportional to p(z_t | x_0..t), its sum in [2^18, 2^31), and centre is the frame's largest
+ * score. HMM_LOG_SPACE: alpha holds log messages whose maximum is 0. Where time_varying is 1, norm + centre is the
+ * log-sum over the previous state, before emission; where it is 0, norm is not used and may be NULL.
  */
 HMM_API int hmm_forward_f32(const hmm_problem *, float *log_partition, float *alpha, float *norm, float *centre, int32_t *method);
 HMM_API int hmm_forward_f64(const hmm_problem *, double *log_partition, double *alpha, double *norm, double *centre, int32_t *method);

@@ -72,8 +72,8 @@ def _forward(initial, transition, emission, lengths, final):
     call = _Call(initial, transition, emission, lengths, final)
     batch, time, num_states = call.shape
     log_partition, alpha = call.empty(batch), call.empty(batch, time, num_states)
-    varying = call.time_varying
-    norm, centre = call.empty(*call.shape if varying else (0,)), call.empty(*call.shape[:2] if varying else (0,))
+    norm = call.empty(*call.shape if call.time_varying else (0,))
+    centre = call.empty(batch, time)
     method = call.empty(batch, dtype=torch.int32)
     call("forward", log_partition, alpha, norm, centre, method)
     if not call.time_varying:
@@ -106,12 +106,11 @@ def _sample(initial, transition, emission, lengths, final, uniform):
 
 def _fake_messages(initial, transition, emission, lengths, final):
     batch, time, num_states = lengths.shape[0], reference.frames(transition, emission), transition.shape[-1]
-    varying = transition.dim() == 4
     return (
         transition.new_empty(batch),
         transition.new_empty(batch, time, num_states),
-        transition.new_empty((batch, time, num_states) if varying else (0,)),
-        transition.new_empty((batch, time) if varying else (0,)),
+        transition.new_empty((batch, time, num_states) if transition.dim() == 4 else (0,)),
+        transition.new_empty(batch, time),
         transition.new_empty(batch, dtype=torch.int32),
     )
 
