@@ -1,0 +1,102 @@
+"""Unit files as Lightning data."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from hmm_speech.data.batching import Batch, BucketBatchSampler, collate
+from hmm_speech.data.synthetic import sample_corpus
+from hmm_speech.data.unitfile import UnitCorpus, Utterance, read_units
+from hmm_speech.errors import UserError
+
+
+class UnitDataModule(LightningDataModule):
+    """The three splits of a unit file.
+
+    Args:
+        path: a unit file, a folder of them, or another format that :func:`read_units` reads.
+        batch_size: utterances a batch and process.
+        num_workers: processes that load data; the units lie in memory, so 0 is fastest.
+        seed: of the order of the training batches.
+    """
+
+    def __init__(self, path: str, batch_size: int = 16, num_workers: int = 0, seed: int = 0) -> None:
+        super().__init__()
+        self.path, self.batch_size, self.num_workers, self.seed = path, batch_size, num_workers, seed
+
+    @functools.cached_property
+    def corpus(self) -> UnitCorpus:
+        """All utterances, read once."""
+        corpus = self.read()
+        for split in ("train", "valid", "test"):
+            if not corpus.split(split):
+                raise UserError(
+                    f"{self.path}: no utterance in the {split} split; training needs at least three utterances, and "
+                    "where a split is given, all of train, valid and test"
+                )
+        return corpus
+
+    def read(self) -> UnitCorpus:
+        """The corpus; a subclass may take it from elsewhere."""
+        return read_units(Path(self.path).expanduser())
+
+    @property
+    def frames_per_batch(self) -> float:
+        """Training frames in a batch of ``batch_size`` utterances, on average."""
+        train = self.corpus.split("train")
+        return sum(len(utterance.units) for utterance in train) / len(train) * min(self.batch_size, len(train))
+
+    def loader(self, split: str, shuffle: bool = False) -> DataLoader[Batch]:
+        """Each utterance of a split once over all processes, in padded batches."""
+        utterances = self.corpus.split(split)
+        world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        sampler = BucketBatchSampler(
+            [len(utterance.units) for utterance in utterances],
+            self.batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+            rank=world[0],
+            world_size=world[1],
+            split=split,
+        )
+        rows: list[tuple[int, Utterance]] = list(enumerate(utterances))
+        return DataLoader(rows, batch_sampler=sampler, collate_fn=collate, num_workers=self.num_workers)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return self.loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self.loader("valid")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return self.loader("test")
+
+
+class SyntheticDataModule(UnitDataModule):
+    """A corpus sampled from a random HMM: for tests and debugging, with no file.
+
+    Args:
+        utterances, frames, vocabulary, labels: see :func:`sample_corpus`.
+        path: not used; there so that ``data.path`` is a key of every dataset.
+    """
+
+    def __init__(
+        self,
+        path: str = "synthetic",
+        batch_size: int = 16,
+        num_workers: int = 0,
+        seed: int = 0,
+        utterances: int = 60,
+        frames: int = 80,
+        vocabulary: int = 20,
+        labels: int = 8,
+    ) -> None:
+        super().__init__(path, batch_size, num_workers, seed)
+        self.sizes = (utterances, frames, vocabulary, labels)
+
+    def read(self) -> UnitCorpus:
+        return sample_corpus(*self.sizes, seed=self.seed)

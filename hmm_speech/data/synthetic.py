@@ -1,0 +1,45 @@
+"""Corpora sampled from a random HMM, whose labels are known."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hmm_speech.data.unitfile import Phone, UnitCorpus, Utterance
+from hmm_speech.errors import UserError
+
+
+def sample_corpus(
+    utterances: int = 60, frames: int = 80, vocabulary: int = 20, labels: int = 8, seed: int = 0
+) -> UnitCorpus:
+    """Sample utterances from an HMM with Dirichlet-distributed tables and labels that last four frames on average.
+
+    Lengths are uniform in [frames / 2, frames * 3 / 2]. The labels are given as phones ``p0``, ``p1``, ... at 50
+    frames a second, the utterances go to train (two thirds), valid and test (one sixth each).
+    """
+    sizes = {"utterances": utterances, "frames": frames, "vocabulary": vocabulary, "labels": labels}
+    for name, value in sizes.items():
+        if value < (6 if name == "utterances" else 2):
+            raise UserError(f"data.{name} is {value}; expected at least {6 if name == 'utterances' else 2}")
+    generator = np.random.default_rng(seed)
+    transition = generator.dirichlet(np.full(labels, 0.3), size=labels)
+    transition = 0.75 * np.eye(labels) + 0.25 * transition
+    emission = generator.dirichlet(np.full(vocabulary, 0.2), size=labels)
+    rows = []
+    for number in range(utterances):
+        length = int(generator.integers(max(frames // 2, 1), frames * 3 // 2 + 1))
+        states = np.empty(length, dtype=np.int64)
+        states[0] = generator.integers(labels)
+        for t in range(1, length):
+            states[t] = generator.choice(labels, p=transition[states[t - 1]])
+        units = np.array([generator.choice(vocabulary, p=emission[state]) for state in states], dtype=np.int32)
+        split = {0: "valid", 1: "test"}.get(number % 6, "train")
+        rows.append(Utterance(f"synthetic{number:04d}", f"speaker{number % 2}", split, units, _phones(states)))
+    return UnitCorpus(rows, 50.0, vocabulary, {"made_by": "a random HMM", "seed": str(seed)})
+
+
+def _phones(states: np.ndarray, frame_rate: float = 50.0) -> list[Phone]:
+    edges = [0, *(np.flatnonzero(np.diff(states)) + 1).tolist(), len(states)]
+    return [
+        Phone(f"p{states[start]}", start / frame_rate, end / frame_rate)
+        for start, end in zip(edges[:-1], edges[1:], strict=True)
+    ]

@@ -1,0 +1,202 @@
+"""The LightningModule: a neural HMM trained on its exact likelihood."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import pickle
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from hmm_speech.configuration import ALLOWED_TARGETS, instantiate
+from hmm_speech.data.batching import Batch
+from hmm_speech.errors import UserError
+from hmm_speech.hmm import HMM
+from hmm_speech.nn.blocks import LogTable
+from hmm_speech.nn.topology import Topology
+from hmm_speech.optim import EM
+
+
+class TestResult(NamedTuple):
+    """What a test run found, over all processes; each utterance of the split once."""
+
+    bits: float
+    """Of all frames together."""
+    frames: int
+    labels: list[np.ndarray]
+    """(T,) int64 for each utterance, in the order of the split."""
+
+
+class SpeechHMM(LightningModule):
+    """An HMM over discrete units: initial, transition and emission are modules over one topology.
+
+    Args:
+        vocabulary: number of units, V.
+        topology: ``{labels, substates}``, see :class:`Topology`.
+        initial, transition, emission: ``{_target_, ...}`` of modules that give (N,), (N, N) and, from units (B, T),
+            (B, T, N) log-probabilities.
+        optimizer: ``{_target_, ..., schedule: {_target_, ...} or None}``; not needed for inference.
+        frames_per_batch: the loss is the batch's negative log-likelihood in bits over this constant, so that every
+            frame of the corpus weighs the same, whatever batch it falls into.
+        seed: of dropout; every epoch draws from (seed, epoch, process), so that a resumed run repeats a whole one.
+        allowed: packages from which ``_target_`` may come.
+
+    Arguments are plain values, so that checkpoints load with ``weights_only=True``.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        topology: Mapping[str, int],
+        initial: Mapping[str, Any],
+        transition: Mapping[str, Any],
+        emission: Mapping[str, Any],
+        optimizer: Mapping[str, Any] | None = None,
+        frames_per_batch: float = 1.0,
+        seed: int = 0,
+        allowed: Sequence[str] = ALLOWED_TARGETS,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["allowed"], logger=False)
+        self.allowed = tuple(allowed)
+        self.topology = Topology(**topology)
+
+        def build(part: str, config: Mapping[str, Any], **sizes: int) -> Any:
+            return instantiate(config, self.topology, kind=nn.Module, allowed=self.allowed, where=part, **sizes)
+
+        self.initial = build("initial", initial)
+        self.transition = build("transition", transition)
+        self.emission = build("emission", emission, vocabulary=vocabulary)
+        self.test_result: TestResult | None = None
+        self._tested: list[tuple[float, dict[int, np.ndarray]]] = []
+
+    def forward(self, units_BT: Tensor, lengths_B: Tensor | None = None) -> HMM:
+        """The HMM of a batch of utterances: its paths are scored by log p(states, units)."""
+        return HMM(self.initial(), self.transition(), self.emission(units_BT), lengths_B)
+
+    def num_parameters(self) -> int:
+        """Trainable numbers; forbidden entries of tables are none."""
+        return sum(int(p.detach().isfinite().sum()) for p in self.parameters() if p.requires_grad)
+
+    def on_train_epoch_start(self) -> None:
+        torch.manual_seed((self.hparams.seed * 1009 + self.current_epoch) * 4099 + self.global_rank)
+
+    def training_step(self, batch: Batch) -> Tensor:
+        bits = self._bits(batch).sum()
+        frames = batch.lengths.sum()
+        self.log(
+            "train/bits_per_frame",
+            bits.detach() / frames,
+            batch_size=frames,
+            on_step=False,
+            on_epoch=True,
+            sync_dist=True,
+        )
+        return bits / self.hparams.frames_per_batch
+
+    def validation_step(self, batch: Batch) -> None:
+        frames = batch.lengths.sum()
+        bits = self._bits(batch).sum() / frames
+        self.log("valid/bits_per_frame", bits, batch_size=frames, on_epoch=True, sync_dist=True, prog_bar=True)
+
+    def on_test_epoch_start(self) -> None:
+        self._tested = []
+
+    def test_step(self, batch: Batch) -> None:
+        hmm = self(batch.units, batch.lengths)
+        bits = -hmm.log_partition().double().sum() / math.log(2)
+        labels = self.topology.label_of(hmm.viterbi().states).cpu().numpy()
+        rows = zip(batch.index.tolist(), labels, batch.lengths.tolist(), strict=True)
+        self._tested.append((float(bits), {index: row[:length] for index, row, length in rows}))
+
+    def on_test_epoch_end(self) -> None:
+        parts = [self._tested]
+        if self.trainer.world_size > 1:
+            parts = [[] for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather_object(parts, self._tested)
+        batches = [batch for part in parts for batch in part]
+        labels: dict[int, np.ndarray] = {}
+        for _, rows in batches:
+            labels.update(rows)
+        frames = sum(len(row) for _, rows in batches for row in rows.values())
+        bits = math.fsum(bits for bits, _ in batches)
+        self.test_result = TestResult(bits, frames, [labels[index] for index in sorted(labels)])
+        self.log("test/bits_per_frame", bits / frames, rank_zero_only=True)
+
+    def _bits(self, batch: Batch) -> Tensor:
+        """(B,) negative log-likelihood of each utterance in bits."""
+        return -self(batch.units, batch.lengths).log_partition() / math.log(2)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # A schedule's place is restored, its shape follows the configuration: with the same trainer.max_epochs that is
+        # the same curve, with another it is stretched, where torch would fail past the old end.
+        for state in checkpoint.get("lr_schedulers", ()):
+            for key in state.keys() - {"last_epoch", "_step_count", "_last_lr"}:
+                del state[key]
+
+    def configure_optimizers(self) -> Any:
+        config = dict(self.hparams.optimizer or {})
+        schedule = config.pop("schedule", None)
+        counting = config.get("_target_") in (f"{EM.__module__}.EM", "hmm_speech.optim.EM")
+        extra: dict[str, Any] = {}
+        if counting:  # what turns gradients of the loss back into counts of frames
+            steps = self.trainer.accumulate_grad_batches * self.trainer.world_size
+            extra["scale"] = self.hparams.frames_per_batch * math.log(2) * steps
+        for module in self.modules():
+            if isinstance(module, LogTable):
+                module.counting = counting
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = instantiate(config, parameters, kind=Optimizer, allowed=self.allowed, where="optimizer", **extra)
+        if schedule is None:
+            return optimizer
+        total = {"total_steps": int(self.trainer.estimated_stepping_batches)}
+        scheduler = instantiate(
+            schedule, optimizer, kind=LRScheduler, allowed=self.allowed, where="optimizer.schedule", **total
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def load(checkpoint: str | PathLike[str], allowed: Sequence[str] = ALLOWED_TARGETS) -> SpeechHMM:
+    """The model of a checkpoint, on the CPU and in evaluation mode.
+
+    Opening a file runs no code of its own: it is read with ``weights_only=True``, and its modules may only be classes
+    of the ``allowed`` packages.
+
+    Raises:
+        UserError: there is no such file, it is no checkpoint of this package, or a class in it is not allowed.
+    """
+    content = read_checkpoint(checkpoint)
+    values = {k: v for k, v in content["hyper_parameters"].items() if k in inspect.signature(SpeechHMM).parameters}
+    try:
+        module = SpeechHMM(**values, allowed=allowed)
+        module.load_state_dict(content["state_dict"])
+    except (TypeError, RuntimeError) as error:
+        raise UserError(f"{checkpoint}: does not fit this version of hmm_speech: {error}") from error
+    return module.eval()
+
+
+def read_checkpoint(checkpoint: str | PathLike[str]) -> dict[str, Any]:
+    """The plain content of a checkpoint file, on the CPU; see :func:`load`."""
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(
+            f"{checkpoint}: no such file; expected a checkpoint, as checkpoints/best.ckpt of a run"
+        ) from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{checkpoint}: is no checkpoint that can be opened safely ({reason})") from error
+    if not isinstance(content, dict) or not {"state_dict", "hyper_parameters"} <= content.keys():
+        raise UserError(f"{checkpoint}: is no checkpoint of hmm_speech: it holds no state_dict and hyper_parameters")
+    return content
+
+
+__all__ = ["SpeechHMM", "TestResult", "load", "read_checkpoint"]

@@ -1,0 +1,78 @@
+"""What emission and transition networks share: log-probability tables, state embeddings, residual blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hmm_speech.nn.topology import Topology
+
+
+class LogTable(nn.Module):
+    """A trainable table of log-probabilities, normalised along the last dimension; forbidden entries are -inf.
+
+    For gradient optimizers the parameter holds logits and ``forward`` applies log_softmax. For EM
+    (:class:`hmm_speech.optim.EM`) ``counting`` is set and ``forward`` returns the parameter itself, so that its
+    gradient is minus the expected counts. The parameter starts out normalised, hence both agree.
+    """
+
+    def __init__(self, *shape: int, allowed: Tensor | None = None, std: float = 0.1) -> None:
+        super().__init__()
+        logits = torch.randn(shape) * std
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, float("-inf"))
+        self.logits = nn.Parameter(logits.log_softmax(-1))
+        self.counting = False
+
+    def forward(self) -> Tensor:
+        return self.logits if self.counting else self.logits.log_softmax(-1)
+
+    @torch.no_grad()
+    def assign(self, log_probs: Tensor) -> None:
+        """Take over a table of log-probabilities of the same shape."""
+        self.logits.copy_(log_probs)
+
+
+class StateEmbedding(nn.Module):
+    """(N, dim): the sum of a label's and a substate's vector, each drawn from N(0, std^2).
+
+    A standard deviation of 1 lets states differ from the start; with 0.3 they stay near one another and the fit is
+    measurably worse.
+    """
+
+    def __init__(self, topology: Topology, dim: int, std: float = 1.0) -> None:
+        super().__init__()
+        self.label = nn.Parameter(torch.randn(topology.labels, 1, dim) * std)
+        self.substate = nn.Parameter(torch.randn(1, topology.substates, dim) * std)
+
+    def forward(self) -> Tensor:
+        return (self.label + self.substate).flatten(0, 1)
+
+
+class ResidualBlock(nn.Module):
+    """x + W2 dropout(relu(W1 layernorm(x))): a pre-norm residual block, ``(*, dim) -> (*, dim)``."""
+
+    def __init__(self, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.inner = nn.Linear(dim, dim)
+        self.outer = nn.Linear(dim, dim)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.dropout(F.relu(self.inner(self.norm(x))), self.dropout, self.training)
+        return x + self.outer(hidden)
+
+
+class StateNetwork(nn.Module):
+    """(N, dim): state embeddings through ``blocks`` residual blocks and a final layer norm."""
+
+    def __init__(self, topology: Topology, dim: int, blocks: int, dropout: float, std: float) -> None:
+        super().__init__()
+        self.embedding = StateEmbedding(topology, dim, std)
+        self.blocks = nn.Sequential(*(ResidualBlock(dim, dropout) for _ in range(blocks)))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self) -> Tensor:
+        return self.norm(self.blocks(self.embedding()))

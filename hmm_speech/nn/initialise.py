@@ -1,0 +1,173 @@
+"""Where training starts: labels from clusters of units, three EM iterations, networks fitted to the tables.
+
+From noise, most of 300 states end up alike. So each label begins as a cluster of units, a chain of substates that
+moves from what comes before the cluster's units to what comes after. Only the units of the training split are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hmm_speech.hmm import HMM
+from hmm_speech.nn.blocks import LogTable
+from hmm_speech.nn.emission import EmissionTable
+from hmm_speech.nn.initial import InitialTable
+from hmm_speech.nn.topology import Topology
+from hmm_speech.nn.transition import TransitionTable
+from hmm_speech.optim import EM
+
+CONTEXT = 0.9
+STAY = 0.7
+FLOOR = 0.05  # share of every emission and exit that follows the unigram
+PSEUDOCOUNT = 0.1  # frames, in the EM iterations
+
+
+def change_counts(sequences: Sequence[np.ndarray], vocabulary: int) -> np.ndarray:
+    """(V, V) float64: how often unit i is followed by another unit j; repetitions do not count."""
+    counts = np.zeros((vocabulary, vocabulary))
+    for units in sequences:
+        np.add.at(counts, (units[:-1], units[1:]), 1)
+    np.fill_diagonal(counts, 0)
+    return counts
+
+
+def cluster_units(sequences: Sequence[np.ndarray], vocabulary: int, labels: int, seed: int = 0) -> np.ndarray:
+    """(labels, V) membership: how much of each unit belongs to each label; columns sum to 1.
+
+    As many labels as units: one each. Fewer: Ward clusters of what comes before and after a unit (square roots of the
+    two distributions, so that distances are Hellinger's), since units that sound alike keep the same company. More:
+    frequent units are shared by several labels, in proportion to the square root of their counts, in random parts that
+    later training tells apart.
+    """
+    if labels < vocabulary:
+        from sklearn.cluster import AgglomerativeClustering
+
+        changes = change_counts(sequences, vocabulary) + 1e-3
+        after = np.sqrt(changes / changes.sum(1, keepdims=True))
+        before = np.sqrt(changes / changes.sum(0)).T
+        assignment = AgglomerativeClustering(labels).fit_predict(np.concatenate([after, before], 1))
+        return (np.arange(labels)[:, None] == assignment).astype(np.float64)
+    unigram = np.bincount(np.concatenate(list(sequences)), minlength=vocabulary) + 1.0
+    copies = np.ones(vocabulary, dtype=np.int64)
+    while copies.sum() < labels:
+        copies[np.argmax(np.sqrt(unigram) / copies)] += 1
+    owner = np.repeat(np.arange(vocabulary), copies)
+    share = np.random.default_rng(seed).uniform(0.5, 1.5, size=labels)
+    member = (owner[:, None] == np.arange(vocabulary)) * share[:, None]
+    return member / member.sum(0)
+
+
+def cluster_tables(
+    sequences: Sequence[np.ndarray], vocabulary: int, topology: Topology, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability tables (N,), (N, N), (N, V) in which every label is a cluster of units.
+
+    The middle of a chain emits the cluster's units; the first and last substates also what comes before and after
+    them. Exits follow how often one cluster comes after another.
+    """
+    labels, substates = topology.labels, topology.substates
+    member = cluster_units(sequences, vocabulary, labels, seed)
+    unigram = np.bincount(np.concatenate(list(sequences)), minlength=vocabulary) + 0.5
+    changes = change_counts(sequences, vocabulary) + 1e-3
+    own = _normalise(member * unigram)
+    before, after = _normalise(own @ _normalise(changes.T)), _normalise(own @ _normalise(changes))
+    place = np.linspace(0, 1, substates) if substates > 1 else np.full(1, 0.5)
+    early, late = np.maximum(1 - 2 * place, 0), np.maximum(2 * place - 1, 0)
+    weights = np.stack([1 - CONTEXT * (early + late), CONTEXT * early, CONTEXT * late])
+    emission = np.einsum("cs,clv->lsv", weights, np.stack([own, before, after]))
+    emission = (1 - FLOOR) * emission + FLOOR * unigram / unigram.sum()
+
+    exits = member @ changes @ member.T
+    np.fill_diagonal(exits, 0)
+    share = own.sum(1) * (member * unigram).sum(1)
+    exits = (1 - FLOOR) * _normalise(exits + 1e-3) + FLOOR * share / share.sum()
+    num_states = topology.num_states
+    states = np.arange(num_states)
+    last, first = states[substates - 1 :: substates], states[::substates]
+    inner = np.setdiff1d(states, last)
+    transition = STAY * np.eye(num_states)
+    transition[inner, inner + 1] = 1 - STAY
+    transition[np.ix_(last, first)] += (1 - STAY) * exits
+    starts = np.where(topology.starts().numpy(), np.repeat(share, substates), 0.0)
+    tables = (starts / starts.sum(), _normalise(transition), emission.reshape(num_states, vocabulary))
+    with np.errstate(divide="ignore"):
+        return tuple(torch.from_numpy(np.log(_normalise(table))).float() for table in tables)
+
+
+def _normalise(table: np.ndarray) -> np.ndarray:
+    return table / table.sum(-1, keepdims=True)
+
+
+def em_tables(
+    tables: tuple[Tensor, Tensor, Tensor],
+    sequences: Sequence[np.ndarray],
+    topology: Topology,
+    iterations: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Improve tables by EM iterations over the sequences."""
+    initial, transition = InitialTable(topology), TransitionTable(topology)
+    emission = EmissionTable(topology, tables[2].shape[-1])
+    parts: list[LogTable] = [initial, transition, emission.table]
+    for part, table in zip(parts, tables, strict=True):
+        part.assign(table)
+        part.counting = True
+    optimizer = EM([part.logits for part in parts], pseudocount=PSEUDOCOUNT)
+    for _ in range(iterations):
+        optimizer.zero_grad()
+        for units, lengths in _batches(sequences):
+            HMM(initial(), transition(), emission(units), lengths).log_partition().sum().neg().backward()
+        optimizer.step()
+    return tuple(part.logits.detach().clone() for part in parts)
+
+
+def _batches(sequences: Sequence[np.ndarray], size: int = 32) -> Iterator[tuple[Tensor, Tensor]]:
+    order = sorted(range(len(sequences)), key=lambda index: (-len(sequences[index]), index))
+    for start in range(0, len(order), size):
+        rows = [torch.as_tensor(sequences[index], dtype=torch.int64) for index in order[start : start + size]]
+        yield nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
+
+
+def fit_tables(module: nn.Module, tables: tuple[Tensor, Tensor, Tensor], steps: int, lr: float) -> float:
+    """Fit a model's initial, transition and emission to tables; returns the mean KL divergence left, in nats a row.
+
+    Tables are taken over as they are; of networks, the mean over rows of KL(table || network) is minimised with Adam.
+    """
+    targets: list[tuple[Any, Tensor]] = []
+    parts = (module.initial, module.transition, module.emission)
+    for part, table in zip(parts, tables, strict=True):
+        if hasattr(part, "assign"):
+            part.assign(table)
+        else:
+            targets.append((part.logits if hasattr(part, "logits") else part, table))
+    parameters = [p for part in parts if not hasattr(part, "assign") for p in part.parameters()]
+    if not targets:
+        return 0.0
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    loss = torch.zeros(())
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = torch.stack([_divergence(table, network()) for network, table in targets]).sum()
+        loss.backward()
+        optimizer.step()
+    return float(loss.detach())
+
+
+def _divergence(table: Tensor, logits: Tensor) -> Tensor:
+    allowed = table > -torch.inf
+    log_probs = logits.log_softmax(-1)
+    return torch.where(allowed, table.exp() * (table - torch.where(allowed, log_probs, 0)), 0).sum(-1).mean()
+
+
+def initialise(
+    module: nn.Module, sequences: Sequence[np.ndarray], iterations: int, steps: int, lr: float, seed: int = 0
+) -> None:
+    """Cluster tables, ``iterations`` of EM, then ``steps`` of Adam that fit the model to them."""
+    vocabulary = module.emission.vocabulary
+    tables = cluster_tables(sequences, vocabulary, module.topology, seed)
+    tables = em_tables(tables, sequences, module.topology, iterations)
+    fit_tables(module, tables, steps, lr)

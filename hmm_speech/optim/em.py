@@ -1,0 +1,95 @@
+"""Exact expectation-maximisation as a torch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hmm_speech.errors import UserError
+
+_TOLERANCE = 1e-3
+
+
+class EM(Optimizer):
+    """The M-step of Baum-Welch, from gradients that backpropagation left in log-probability tables.
+
+    Why it is exact. For a model p(x) = sum_z prod_k theta_k^{n_k(x, z)} over events k (a start, a transition, an
+    emission), the derivative of the log-likelihood with respect to a log-probability is the expected count that the
+    E-step wants:
+
+        d log p(x) / d log theta_k = sum_z p(z | x) n_k(x, z) = E[n_k | x]
+
+    (Salakhutdinov, Roweis and Ghahramani 2003, eq. 5; Eisner 2016, section 4: the backward pass is the E-step). The
+    M-step (Dempster, Laird and Rubin 1977) makes each distribution proportional to its expected counts:
+
+        theta_k <- (E[n_k] + pseudocount) / sum over k' of the same distribution of (E[n_k'] + pseudocount)
+
+    So each parameter must be used as it is, as a table of log-probabilities normalised along its last dimension
+    (``LogTable`` with ``counting`` set), and the loss be the negative log-likelihood times any positive constant.
+    Counts add up over accumulated batches, and DDP's average is their sum but for a constant, so automatic
+    optimisation, gradient accumulation and checkpoints work as with any optimizer. One step after all batches is
+    EM; the likelihood never falls (with a pseudocount, the likelihood times its Dirichlet prior). Entries of -inf
+    have no counts and stay; a distribution that was never used keeps its values.
+
+    Args:
+        params: tables of log-probabilities, or parameter groups of them.
+        pseudocount: added to each count of an entry that is not -inf; in frames.
+        scale: what the gradients must be multiplied with to be minus the counts, in frames: the loss' divisor.
+            Matters only together with a pseudocount.
+        lr: 1 is EM; below, the probabilities move that part of the way.
+
+    Raises:
+        UserError: a parameter is not a table of log-probabilities, or its gradient is not made of counts.
+    """
+
+    def __init__(self, params: Iterable[Tensor], pseudocount: float = 0.0, scale: float = 1.0, lr: float = 1.0) -> None:
+        if not 0 <= pseudocount < float("inf"):
+            raise UserError(f"EM: pseudocount is {pseudocount}; expected a finite number of at least 0")
+        if not 0 < lr <= 1:
+            raise UserError(f"EM: lr is {lr}; expected more than 0 and at most 1, and 1 for exact EM")
+        super().__init__(params, {"lr": lr, "pseudocount": pseudocount, "scale": scale})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                _check_table(parameter)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One M-step; with a closure, after calling it (the E-step)."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    _maximise(parameter, group["scale"], group["pseudocount"], group["lr"])
+        return loss
+
+
+def _check_table(parameter: Tensor) -> None:
+    total = torch.logsumexp(parameter.detach().double(), -1) if parameter.dim() else parameter.new_ones(())
+    if not torch.all(total.abs() < _TOLERANCE):
+        raise UserError(
+            f"EM trains tables of log-probabilities, but a parameter of shape {tuple(parameter.shape)} is none: its "
+            "last dimension does not sum to 1. Use emission=table transition=table initial=table with optimizer=em, "
+            "or a gradient optimizer (optimizer=adamw)"
+        )
+
+
+def _maximise(parameter: Tensor, scale: float, pseudocount: float, lr: float) -> None:
+    counts = parameter.grad * -scale
+    if counts.min() < -_TOLERANCE * counts.abs().max():
+        raise UserError(
+            f"EM: the gradient of a parameter of shape {tuple(parameter.shape)} has both signs, so it is not made of "
+            "expected counts. Pass the table to the HMM as it is, without log_softmax, and minimise the negative "
+            "log-likelihood alone, without regularisers"
+        )
+    counts = counts.clamp(min=0) + pseudocount * (parameter > -torch.inf)
+    total = counts.sum(-1, keepdim=True)
+    updated = counts.log() - total.log()
+    if lr != 1:
+        updated = ((1 - lr) * parameter.exp() + lr * updated.exp()).log()
+    parameter.copy_(torch.where(total > 0, updated, parameter))

@@ -1,0 +1,115 @@
+"""What a run leaves behind: config.yaml, metrics.json, figures and a table on the terminal."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from hmm_speech.data.unitfile import UnitCorpus, atomic_path
+
+if TYPE_CHECKING:
+    from hmm_speech.module import SpeechHMM, TestResult
+
+
+def quiet() -> None:
+    """Silence the advice that Lightning gives on choices made here on purpose; real warnings remain."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*number of training batches .* is smaller than the logging interval.*",
+        ".*using `DistributedSampler` with the dataloaders.*",
+        ".*The dirpath has changed from.*",
+        ".*Experiment logs directory .* exists.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def save_config(config: Mapping[str, Any], run: Path) -> None:
+    """Write the configuration, every interpolation resolved, to config.yaml in the run folder."""
+    with atomic_path(run / "config.yaml") as path:
+        path.write_text(OmegaConf.to_yaml(OmegaConf.create(dict(config))), encoding="utf-8")
+
+
+def test_metrics(result: TestResult, parameters: int, corpus: UnitCorpus) -> dict[str, Any]:
+    """The object of metrics.json for the test split of a corpus."""
+    from hmm_speech.evaluate import build_metrics, label_report, ngram_baselines, uniform_report
+
+    test = corpus.split("test")
+    units = [utterance.units for utterance in test]
+    phones = [utterance.phones for utterance in test]
+    known = any(phone is not None for phone in phones)
+    splits = [[utterance.units for utterance in corpus.split(name)] for name in ("train", "valid", "test")]
+    return build_metrics(
+        bits_per_frame=result.bits / result.frames,
+        frames=result.frames,
+        parameters=parameters,
+        baselines=ngram_baselines(*splits, corpus.vocabulary),
+        states=label_report(result.labels, phones, corpus.frame_rate) if known else None,
+        units=label_report(units, phones, corpus.frame_rate) if known else None,
+        uniform=uniform_report(phones, corpus.frame_rate) if known else None,
+    )
+
+
+def report_run(module: SpeechHMM, corpus: UnitCorpus, run: Path, figures: bool = True) -> None:
+    """After a test: write metrics.json and figures/ to the run folder and print the table."""
+    from hmm_speech.evaluate import print_metrics, write_metrics
+
+    assert module.test_result is not None
+    metrics = test_metrics(module.test_result, module.num_parameters(), corpus)
+    write_metrics(run / "metrics.json", metrics)
+    print_metrics(metrics)
+    if figures:
+        draw_figures(module, corpus, run, metrics)
+    print(f"run folder: {run}")
+
+
+def draw_figures(module: SpeechHMM, corpus: UnitCorpus, run: Path, metrics: Mapping[str, Any]) -> None:
+    """Write PNG files to figures/: learning curve, transitions between labels and, with phones, states against them."""
+    from hmm_speech.evaluate import figures
+    from hmm_speech.evaluate.labels import joint_counts
+
+    folder = run / "figures"
+    folder.mkdir(exist_ok=True)
+    test = corpus.split("test")
+    labels = module.test_result.labels
+    with torch.no_grad():
+        state_labels = module.topology.label_of(torch.arange(module.topology.num_states)).tolist()
+        transition = figures.label_transitions(module.transition().cpu(), state_labels)
+    names = None
+    if any(utterance.phones for utterance in test):
+        rows = [utterance.phones for utterance in test]
+        joint, phones = joint_counts(labels, rows, corpus.frame_rate, module.topology.labels)
+        names = figures.label_phones(joint, phones)
+        figures.states_against_phones(joint, phones, folder / "states_against_phones.png")
+    with np.errstate(divide="ignore"):
+        figures.transition_matrix(np.log(transition), folder / "transition_matrix.png", names=names)
+    figures.utterance(
+        labels[0], test[0].units, test[0].phones, corpus.frame_rate, folder / "utterance.png", names=names
+    )
+    if history := learning_curve(run):
+        figures.learning_curve(history, folder / "learning_curve.png", baselines=metrics["baselines"])
+
+
+def learning_curve(run: Path) -> list[dict[str, float]]:
+    """One row an epoch, ``{epoch, train/..., valid/...}``, from the CSV logs of a run and of its resumptions."""
+    rows: dict[int, dict[str, float]] = {}
+    logs = sorted(run.glob("logs/version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
+    for log in logs:
+        with log.open(newline="", encoding="utf-8") as file:
+            for line in csv.DictReader(file):
+                values = {
+                    key: float(line[key]) for key in ("train/bits_per_frame", "valid/bits_per_frame") if line.get(key)
+                }
+                if values:
+                    rows.setdefault(int(line["epoch"]), {"epoch": float(line["epoch"])}).update(values)
+    return [rows[epoch] for epoch in sorted(rows)]

@@ -1,0 +1,75 @@
+"""Train a neural hidden Markov model over discrete speech units: `python train.py --help`."""
+
+import os
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from hmm_speech.configuration import check_run, instantiate, instantiate_all, plain, report_user_errors
+
+# Threads that wait by spinning cost a factor of ten where other programs use the cores; torch reads this when imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+def main(config: DictConfig) -> None:
+    with report_user_errors():
+        train(plain(config), Path(HydraConfig.get().runtime.output_dir))
+
+
+def train(config: dict, run: Path) -> None:
+    """Fit, test, report; every file goes to the folder ``run``."""
+    allowed = check_run(config, HydraConfig.get().mode)
+
+    # Imported here, so that --help and mistakes in the configuration are answered at once.
+    from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+    from lightning.pytorch.loggers import Logger
+
+    from hmm_speech.callbacks import AtomicCheckpointIO
+    from hmm_speech.module import SpeechHMM, read_checkpoint
+    from hmm_speech.report import quiet, report_run, save_config
+
+    quiet()
+    if config["ckpt_path"] is not None:
+        read_checkpoint(config["ckpt_path"])  # so that a wrong file is told now
+    seed_everything(config["seed"], workers=True)
+
+    data = instantiate(config["data"], kind=LightningDataModule, allowed=allowed, where="data")
+    module = SpeechHMM(
+        vocabulary=data.corpus.vocabulary,
+        topology=config["topology"],
+        initial=config["initial"],
+        transition=config["transition"],
+        emission=config["emission"],
+        optimizer=config["optimizer"],
+        frames_per_batch=data.frames_per_batch,
+        seed=config["seed"],
+        allowed=allowed,
+    )
+    callbacks = instantiate_all(config["callbacks"], kind=Callback, allowed=allowed, where="callbacks")
+    loggers = instantiate_all(config["logger"], kind=Logger, allowed=allowed, where="logger")
+    trainer = instantiate(
+        config["trainer"],
+        kind=Trainer,
+        allowed=allowed,
+        where="trainer",
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=str(run),
+    )
+    if trainer.is_global_zero:
+        save_config(config, run)
+
+    trainer.fit(module, data, ckpt_path=config["ckpt_path"], weights_only=True)
+
+    best = None if trainer.fast_dev_run else str(run / "checkpoints" / "best.ckpt")
+    trainer.test(module, data, ckpt_path=best, weights_only=True, verbose=False)
+    if trainer.is_global_zero:
+        report_run(module, data.corpus, run, figures=config["figures"])
+
+
+if __name__ == "__main__":
+    main()
