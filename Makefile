@@ -1,0 +1,37 @@
+# make train    set everything up and run the default recipe
+# make test     set everything up and run the tests
+# make bench    time the layer beside plain-torch loops
+# make lint     what the style is held to
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: train test bench lint clean
+
+train: .venv/installed
+	$(BIN)/python train.py $(ARGS)
+
+test: .venv/installed
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: .venv/installed
+	$(BIN)/hmm-speech bench $(ARGS)
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Debian keeps venv's pip in a package of its own, so a bare python3 may lack it.
+.venv/bin/pip:
+	rm -rf .venv
+	$(PYTHON) -m venv .venv || { rm -rf .venv; \
+	  echo "python3-venv is missing; installing it with apt-get"; \
+	  SUDO=$$(test "$$(id -u)" = 0 || echo sudo); \
+	  $$SUDO apt-get update && $$SUDO apt-get install -y python3-venv && $(PYTHON) -m venv .venv; }
+
+.venv/installed: .venv/bin/pip pyproject.toml $(wildcard csrc/CMakeLists.txt csrc/*/*)
+	$(BIN)/pip install --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build

@@ -1,0 +1,176 @@
+"""`hmm-speech bench`: the layer beside the strongest plain-torch loops, paired in one process.
+
+Each row is timed in rounds, one call of every contender a round, so that a machine whose speed drifts slows all of
+them alike; what is printed are medians over rounds, of times and of the ratios within a round. The results are compared
+first: a row whose numbers differ is an error, not a time.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hmm_speech.data.unitfile import atomic_path
+from hmm_speech.errors import UserError
+from hmm_speech.hmm import HMM, backend, log_partition
+
+# (kind, N, T). "dense": transitions that vary over time, (B, T-1, N, N); "shared": one (N, N) for all frames.
+ROWS = (
+    ("dense", 50, 1000),
+    ("dense", 50, 3000),
+    ("shared", 50, 1000),
+    ("shared", 50, 3000),
+    ("shared", 128, 1000),
+    ("shared", 512, 1000),
+    ("shared", 1024, 300),
+)
+QUICK = (("dense", 50, 300), ("shared", 50, 1000))
+
+
+@dataclass
+class Row:
+    """Milliseconds (medians) and ratios of one case; ratios are above 1 where the layer is faster."""
+
+    kind: str
+    states: int
+    frames: int
+    forward_ms: float
+    backward_ms: float
+    viterbi_ms: float
+    loop_forward_ms: float
+    loop_backward_ms: float
+    ratio: float
+    largest_difference: float
+
+
+def dense_loop(initial: Tensor, transition: Tensor) -> Tensor:
+    """Forward algorithm in log space, one torch.logsumexp a frame; `unbind`, since indexing makes backward quadratic."""
+    alpha = initial
+    for arcs in transition.unbind(1):
+        alpha = torch.logsumexp(alpha.unsqueeze(-1) + arcs, 1)
+    return torch.logsumexp(alpha, -1)
+
+
+def shared_loop(initial: Tensor, transition: Tensor, emission: Tensor) -> Tensor:
+    """Forward algorithm with scaled probabilities, one matrix product a frame (Rabiner 1989, section V.A)."""
+    top = emission.detach().amax(-1, keepdim=True)
+    weights = (emission - top).exp().unbind(1)
+    arcs = transition.exp()
+    alpha = initial.exp() * weights[0]
+    scale = alpha.sum(-1, keepdim=True)
+    alpha, scales = alpha / scale, [scale]
+    for weight in weights[1:]:
+        alpha = torch.mm(alpha, arcs) * weight
+        scale = alpha.sum(-1, keepdim=True)
+        alpha = alpha / scale
+        scales.append(scale)
+    return torch.cat(scales, 1).log().sum(1) + top.sum((1, 2))
+
+
+def _problem(kind: str, batch: int, states: int, frames: int) -> list[Tensor]:
+    g = torch.Generator().manual_seed(7)
+    initial = torch.randn(states, generator=g).log_softmax(-1)
+    transition = torch.randn(states, states, generator=g).log_softmax(-1)
+    if kind == "shared":
+        return [initial, transition, -torch.randn(batch, frames, states, generator=g).pow_(2)]
+    arcs = -torch.randn(batch, frames - 1, states, states, generator=g).pow_(2)
+    return [initial.expand(batch, -1).contiguous(), arcs.add_(transition)]
+
+
+def _timed(function: Callable[..., Tensor], scores: list[Tensor]) -> Callable[[], tuple[float, float, Tensor]]:
+    """A call that returns seconds of the forward pass, of the backward pass, and the result."""
+    leaves = [x.clone().requires_grad_() for x in scores]
+
+    def run() -> tuple[float, float, Tensor]:
+        for x in leaves:
+            x.grad = None
+        start = time.perf_counter()
+        z = function(*leaves)
+        middle = time.perf_counter()
+        z.sum().backward()
+        return middle - start, time.perf_counter() - middle, z.detach()
+
+    return run
+
+
+def measure(kind: str, states: int, frames: int, batch: int, seconds: float) -> Row:
+    """One row: at least five rounds, and more until `seconds` have passed.
+
+    Raises:
+        RuntimeError: the layer and the loop disagree by more than 3e-6 of the log partition.
+    """
+    scores = _problem(kind, batch, states, frames)
+    layer, loop = _timed(log_partition, scores), _timed(dense_loop if kind == "dense" else shared_loop, scores)
+    ours, theirs = layer()[2].double(), loop()[2].double()
+    difference = float(((ours - theirs) / theirs).abs().max())
+    if not difference < 3e-6:
+        raise RuntimeError(f"{kind} N={states} T={frames}: the layer and the loop differ by {difference:.1e} of log Z")
+    times: list[tuple[float, float, float, float]] = []
+    viterbi: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 5 or (time.perf_counter() < end and len(times) < 50):
+        times.append((*layer()[:2], *loop()[:2]))
+        with torch.no_grad():
+            start = time.perf_counter()
+            HMM(*scores).viterbi()
+            viterbi.append(time.perf_counter() - start)
+    forward, backward, loop_forward, loop_backward = (statistics.median(x) * 1e3 for x in zip(*times, strict=True))
+    ratio = statistics.median((c + d) / (a + b) for a, b, c, d in times)
+    return Row(kind, states, frames, forward, backward, statistics.median(viterbi) * 1e3, loop_forward, loop_backward,
+               ratio, difference)  # fmt: skip
+
+
+def hardware() -> dict[str, str | int]:
+    """What the numbers were taken on."""
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "backend": backend().name,
+        "instructions": backend().detail.split()[0],
+    }
+
+
+def rows(quick: bool, batch: int, seconds: float) -> Iterator[Row]:
+    """All rows, as they are measured."""
+    for kind, states, frames in QUICK if quick else ROWS:
+        yield measure(kind, states, frames, batch, seconds)
+
+
+def bench(threads: int, batch: int, seconds: float, quick: bool, out: Path | None) -> None:
+    """Measure, print a table as rows come in, and write them as JSON where `out` says."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+
+    for name, value in (("--threads", threads), ("--batch", batch)):
+        if value < 1:
+            raise UserError(f"{name}: got {value}, expected at least 1")
+    torch.set_num_threads(threads)
+    machine = hardware()
+    title = "B={}, float32, {threads} thread(s), {cpu}, {instructions} ({backend}), torch {torch}".format(batch, **machine)
+    table = Table(title=title, caption="milliseconds, medians of paired rounds; ratio: loop / layer, forward + backward")
+    for column in ("arcs", "N", "T", "forward", "backward", "Viterbi", "loop fwd", "loop bwd", "ratio"):
+        table.add_column(column, justify="left" if column == "arcs" else "right")
+    found = []
+    with Live(table, console=Console(), refresh_per_second=2):
+        for row in rows(quick, batch, seconds):
+            found.append(row)
+            times = (row.forward_ms, row.backward_ms, row.viterbi_ms, row.loop_forward_ms, row.loop_backward_ms)
+            table.add_row(row.kind, str(row.states), str(row.frames), *(f"{x:.2f}" for x in times), f"{row.ratio:.1f}")
+    if out is not None:
+        with atomic_path(out) as beside:
+            beside.write_text(json.dumps({"machine": machine, "batch": batch, "rows": [asdict(x) for x in found]}, indent=2))
