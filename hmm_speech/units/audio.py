@@ -148,7 +148,10 @@ def read_audio(path: str | os.PathLike[str]) -> tuple[torch.Tensor, list[str]]:
             while len(block := sound.read(_BLOCK, dtype="float32", always_2d=True)):
                 blocks.append(block[:, 0] if channels == 1 else block.mean(axis=1))
     except (soundfile.SoundFileError, RuntimeError, OSError) as error:
-        raise AudioError(f"cannot be read as audio: {str(error).replace(str(path), 'file')}") from None
+        reason = str(error).replace(str(path), "file")
+        if "does not exist" in reason:  # libsndfile's words for content that it does not know
+            reason = "unknown or broken format"
+        raise AudioError(f"cannot be read as audio: {reason}") from None
     samples = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
     if len(samples) == 0:
         raise AudioError("holds no samples")

@@ -58,11 +58,13 @@ def test_a_wav_that_came_through_a_pipe_has_no_size_and_is_whole(tmp_path, write
 @pytest.mark.parametrize(
     ("content", "reason"), [(b"", "empty file"), (b"hello, this is text", "cannot be read"), (None, "no such file")]
 )
-def test_what_is_no_audio_says_why(tmp_path, content, reason):
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
+def test_what_is_no_audio_says_why(tmp_path, suffix, content, reason):
     if content is not None:
-        (tmp_path / "a.wav").write_bytes(content)
-    with pytest.raises(AudioError, match=reason):
-        read_audio(tmp_path / "a.wav")
+        (tmp_path / f"a.{suffix}").write_bytes(content)
+    with pytest.raises(AudioError, match=reason) as error:
+        read_audio(tmp_path / f"a.{suffix}")
+    assert "does not exist" not in str(error.value)
 
 
 def test_no_samples_and_nan_say_why(tmp_path):
