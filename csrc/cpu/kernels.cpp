@@ -63,8 +63,8 @@ template <class Real> struct Forward : Status {
   void operator()(int worker, int workers) {
     const FlushToZero flush;
     for (int64_t b = worker; b < p.batch; b += workers) {
-      clear(alpha, b, p.states);
-      clear(centre, b, 1);
+      clear_rest(alpha, b, p.states);
+      clear_rest(centre, b, 1);
     }
     if (p.time_varying) return log_space(worker, workers);
     Scratch<Real> rows(kGroupRows * round_up(p.states, kPanel<Real>));
@@ -86,8 +86,8 @@ template <class Real> struct Forward : Status {
   }
 
   // What lies past a sequence's end is 0, so that equal inputs give equal outputs, bit for bit.
-  void clear(Real *x, int64_t b, int64_t width) {
-    std::memset(x + (b * p.time + p.lengths[b]) * width, 0, (p.time - p.lengths[b]) * width * sizeof(Real));
+  void clear_rest(Real *x, int64_t b, int64_t width) {
+    clear(x + (b * p.time + p.lengths[b]) * width, (p.time - p.lengths[b]) * width);
   }
 
   void scaled(const Arcs<Real> &arcs, const Group &group, Real *rows) {
@@ -102,7 +102,7 @@ template <class Real> struct Forward : Status {
     if (!exact.allocated()) return false;
     log_partition[b] = Real(forward_log_space<Real, double>(q, exact.alpha, exact.norm, exact.centre, exact.rows));
     for (int64_t k = 0; k < q.length * p.states; k++) alpha[b * p.time * p.states + k] = Real(exact.alpha[k]);
-    std::memset(centre + b * p.time, 0, q.length * sizeof(Real));  // of no use to anyone, but the same bits every time
+    clear(centre + b * p.time, q.length);  // of no use to anyone, but the same bits every time
     return true;
   }
 
@@ -112,7 +112,7 @@ template <class Real> struct Forward : Status {
     for (int64_t k = worker; k < p.batch; k += workers) {
       const int64_t b = grouping.order[k], at = b * p.time * p.states;
       method[b] = HMM_LOG_SPACE;
-      clear(norm, b, p.states);
+      clear_rest(norm, b, p.states);
       log_partition[b] =
           Real(forward_log_space<Real, Real>(Sequence<Real>(p, b), alpha + at, norm + at, centre + b * p.time, rows));
     }
@@ -134,7 +134,7 @@ template <class Real> struct Backward : Status {
     const FlushToZero flush;
     const int64_t N = p.states;
     for (int64_t b = worker; b < p.batch; b += workers)
-      std::memset(state + (b * p.time + p.lengths[b]) * N, 0, (p.time - p.lengths[b]) * N * sizeof(Real));
+      clear(state + (b * p.time + p.lengths[b]) * N, (p.time - p.lengths[b]) * N);
     if (p.time_varying) return log_space(worker, workers);
     Scratch<Real> rows((2 * kGroup + 3) * round_up(N, kPanel<Real>));
     if (!rows.data) return out_of_memory();
@@ -145,7 +145,7 @@ template <class Real> struct Backward : Status {
     }
     for (int64_t b = worker; b < p.batch; b += workers) {
       Real *mine = edge ? edge + b * N * N : nullptr;
-      if (mine) std::memset(mine, 0, N * N * sizeof(Real));
+      if (mine) clear(mine, N * N);
       if (method[b] == HMM_LOG_SPACE) {
         if (!redo(b, mine)) return out_of_memory();
         continue;
@@ -176,7 +176,7 @@ template <class Real> struct Backward : Status {
           continue;
         }
         if (grad[b] == 0) {
-          std::memset(state + b * p.time * p.states, 0, p.lengths[b] * p.states * sizeof(Real));
+          clear(state + b * p.time * p.states, p.lengths[b] * p.states);
           continue;
         }
         scaled.index[scaled.size] = b;
@@ -214,7 +214,7 @@ template <class Real> struct Backward : Status {
       backward_log_space(q, double(grad[b]), double(log_partition[b]), alpha + at, norm + at, centre + b * p.time,
                          state + at, mine, N * N, (Real *)rows);
       const int64_t used = (q.length > 0 ? q.length - 1 : 0) * N * N;
-      if (mine) std::memset(mine + used, 0, (arcs - used) * sizeof(Real));
+      if (mine) clear(mine + used, arcs - used);
     }
   }
 };

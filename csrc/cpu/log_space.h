@@ -124,9 +124,9 @@ double forward_log_space(const Sequence<In> &q, Acc *alpha, Acc *norm, Acc *cent
     centre[t] = C;
     offset += double(C);
     if (!centre_row<In, Acc>(row, q.emission ? q.frame(t) : nullptr, t == L - 1 ? q.final : nullptr, N, alpha + t * N, offset)) {
-      std::memset(alpha + (t + 1) * N, 0, (L - t - 1) * N * sizeof(Acc));
-      std::memset(norm + (t + 1) * N, 0, (L - t - 1) * N * sizeof(Acc));
-      std::memset(centre + t + 1, 0, (L - t - 1) * sizeof(Acc));
+      clear(alpha + (t + 1) * N, (L - t - 1) * N);
+      clear(norm + (t + 1) * N, (L - t - 1) * N);
+      clear(centre + t + 1, L - t - 1);
       return offset == offset ? -std::numeric_limits<double>::infinity() : offset;
     }
   }
@@ -177,8 +177,8 @@ void backward_log_space(const Sequence<In> &q, double grad, double log_partition
     return;
   }
   Acc *gamma = scratch, *safe = scratch + padded, *previous = scratch + 2 * padded;
-  std::memset(gamma, 0, padded * sizeof(Acc));
-  std::memset(safe, 0, padded * sizeof(Acc));
+  clear(gamma, padded);
+  clear(safe, padded);
   for (int64_t j = 0; j < N; j++) previous[j] = std::exp(alpha[(L - 1) * N + j]);
   for (int64_t t = L - 1;; t--) {
     // The mass of gamma is exactly grad: normalising it here keeps rounding errors from adding up over time.

@@ -40,6 +40,11 @@ template <class Real> struct Scratch {
   operator Real *() const { return data; }
 };
 
+// x[0..n) = 0; n may be 0, and x null then, which memset forbids.
+template <class Real> inline void clear(Real *x, int64_t n) {
+  if (n > 0) __builtin_memset(x, 0, size_t(n) * sizeof(Real));
+}
+
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 }  // namespace
