@@ -67,8 +67,7 @@ def train(config: dict, run: Path) -> None:
 
     best = None if trainer.fast_dev_run else str(run / "checkpoints" / "best.ckpt")
     trainer.test(module, data, ckpt_path=best, weights_only=True, verbose=False)
-    if trainer.is_global_zero:
-        report_run(module, data.corpus, run, figures=config["figures"])
+    report_run(module, data.corpus, run, figures=config["figures"])
 
 
 if __name__ == "__main__":

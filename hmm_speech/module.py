@@ -32,7 +32,9 @@ class TestResult(NamedTuple):
     """Of all frames together."""
     frames: int
     labels: list[np.ndarray]
-    """(T,) int64 for each utterance, in the order of the split."""
+    """(T,) int64 for each utterance."""
+    index: list[int]
+    """The place of each in its split, ascending; all of them unless trainer.limit_test_batches left some out."""
 
 
 class SpeechHMM(LightningModule):
@@ -91,21 +93,11 @@ class SpeechHMM(LightningModule):
 
     def training_step(self, batch: Batch) -> Tensor:
         bits = self._bits(batch).sum()
-        frames = batch.lengths.sum()
-        self.log(
-            "train/bits_per_frame",
-            bits.detach() / frames,
-            batch_size=frames,
-            on_step=False,
-            on_epoch=True,
-            sync_dist=True,
-        )
+        self._log_bits("train", bits.detach(), batch)
         return bits / self.hparams.frames_per_batch
 
     def validation_step(self, batch: Batch) -> None:
-        frames = batch.lengths.sum()
-        bits = self._bits(batch).sum() / frames
-        self.log("valid/bits_per_frame", bits, batch_size=frames, on_epoch=True, sync_dist=True, prog_bar=True)
+        self._log_bits("valid", self._bits(batch).sum(), batch)
 
     def on_test_epoch_start(self) -> None:
         self._tested = []
@@ -128,12 +120,18 @@ class SpeechHMM(LightningModule):
             labels.update(rows)
         frames = sum(len(row) for _, rows in batches for row in rows.values())
         bits = math.fsum(bits for bits, _ in batches)
-        self.test_result = TestResult(bits, frames, [labels[index] for index in sorted(labels)])
-        self.log("test/bits_per_frame", bits / frames, rank_zero_only=True)
+        index = sorted(labels)
+        self.test_result = TestResult(bits, frames, [labels[i] for i in index], index)
+        self.log("test/bits_per_frame", bits / frames, sync_dist=True)  # the same on every process
 
     def _bits(self, batch: Batch) -> Tensor:
         """(B,) negative log-likelihood of each utterance in bits."""
         return -self(batch.units, batch.lengths).log_partition() / math.log(2)
+
+    def _log_bits(self, split: str, bits: Tensor, batch: Batch) -> None:
+        """Log the epoch's bits per frame: the mean over frames, of all processes together."""
+        frames, name = batch.lengths.sum(), f"{split}/bits_per_frame"
+        self.log(name, bits / frames, batch_size=frames, on_step=False, on_epoch=True, sync_dist=True, prog_bar=True)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # A schedule's place is restored, its shape follows the configuration: with the same trainer.max_epochs that is
@@ -188,9 +186,7 @@ def read_checkpoint(checkpoint: str | PathLike[str]) -> dict[str, Any]:
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(
-            f"{checkpoint}: no such file; expected a checkpoint, as checkpoints/best.ckpt of a run"
-        ) from None
+        raise UserError(f"{checkpoint}: no such file; expected a run's checkpoints/best.ckpt or last.ckpt") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{checkpoint}: is no checkpoint that can be opened safely ({reason})") from error

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from omegaconf import OmegaConf
 
@@ -30,6 +29,7 @@ def quiet() -> None:
         ".*using `DistributedSampler` with the dataloaders.*",
         ".*The dirpath has changed from.*",
         ".*Experiment logs directory .* exists.*",
+        ".*isinstance.treespec, LeafSpec.*",
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -44,7 +44,8 @@ def test_metrics(result: TestResult, parameters: int, corpus: UnitCorpus) -> dic
     """The object of metrics.json for the test split of a corpus."""
     from hmm_speech.evaluate import build_metrics, label_report, ngram_baselines, uniform_report
 
-    test = corpus.split("test")
+    split = corpus.split("test")
+    test = [split[index] for index in result.index]
     units = [utterance.units for utterance in test]
     phones = [utterance.phones for utterance in test]
     known = any(phone is not None for phone in phones)
@@ -61,10 +62,14 @@ def test_metrics(result: TestResult, parameters: int, corpus: UnitCorpus) -> dic
 
 
 def report_run(module: SpeechHMM, corpus: UnitCorpus, run: Path, figures: bool = True) -> None:
-    """After a test: write metrics.json and figures/ to the run folder and print the table."""
+    """After a test: write metrics.json and figures/ to the run folder and print the table (one process)."""
     from hmm_speech.evaluate import print_metrics, write_metrics
 
-    assert module.test_result is not None
+    rank = module.global_rank
+    if torch.distributed.is_initialized():  # every process knows all results, and metrics must not wait for the others
+        torch.distributed.destroy_process_group()
+    if rank != 0:
+        return
     metrics = test_metrics(module.test_result, module.num_parameters(), corpus)
     write_metrics(run / "metrics.json", metrics)
     print_metrics(metrics)
@@ -80,8 +85,8 @@ def draw_figures(module: SpeechHMM, corpus: UnitCorpus, run: Path, metrics: Mapp
 
     folder = run / "figures"
     folder.mkdir(exist_ok=True)
-    test = corpus.split("test")
-    labels = module.test_result.labels
+    split, labels = corpus.split("test"), module.test_result.labels
+    test = [split[index] for index in module.test_result.index]
     with torch.no_grad():
         state_labels = module.topology.label_of(torch.arange(module.topology.num_states)).tolist()
         transition = figures.label_transitions(module.transition().cpu(), state_labels)
@@ -91,8 +96,7 @@ def draw_figures(module: SpeechHMM, corpus: UnitCorpus, run: Path, metrics: Mapp
         joint, phones = joint_counts(labels, rows, corpus.frame_rate, module.topology.labels)
         names = figures.label_phones(joint, phones)
         figures.states_against_phones(joint, phones, folder / "states_against_phones.png")
-    with np.errstate(divide="ignore"):
-        figures.transition_matrix(np.log(transition), folder / "transition_matrix.png", names=names)
+    figures.transition_matrix(transition, folder / "transition_matrix.png", names=names)
     figures.utterance(
         labels[0], test[0].units, test[0].phones, corpus.frame_rate, folder / "utterance.png", names=names
     )
@@ -102,14 +106,13 @@ def draw_figures(module: SpeechHMM, corpus: UnitCorpus, run: Path, metrics: Mapp
 
 def learning_curve(run: Path) -> list[dict[str, float]]:
     """One row an epoch, ``{epoch, train/..., valid/...}``, from the CSV logs of a run and of its resumptions."""
+    curves = ("train/bits_per_frame", "valid/bits_per_frame")
     rows: dict[int, dict[str, float]] = {}
     logs = sorted(run.glob("logs/version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
     for log in logs:
         with log.open(newline="", encoding="utf-8") as file:
             for line in csv.DictReader(file):
-                values = {
-                    key: float(line[key]) for key in ("train/bits_per_frame", "valid/bits_per_frame") if line.get(key)
-                }
+                values = {key: float(line[key]) for key in curves if line.get(key)}
                 if values:
                     rows.setdefault(int(line["epoch"]), {"epoch": float(line["epoch"])}).update(values)
     return [rows[epoch] for epoch in sorted(rows)]

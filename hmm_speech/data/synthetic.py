@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from hmm_speech.data.unitfile import Phone, UnitCorpus, Utterance
@@ -39,7 +41,4 @@ def sample_corpus(
 
 def _phones(states: np.ndarray, frame_rate: float = 50.0) -> list[Phone]:
     edges = [0, *(np.flatnonzero(np.diff(states)) + 1).tolist(), len(states)]
-    return [
-        Phone(f"p{states[start]}", start / frame_rate, end / frame_rate)
-        for start, end in zip(edges[:-1], edges[1:], strict=True)
-    ]
+    return [Phone(f"p{states[start]}", start / frame_rate, end / frame_rate) for start, end in pairwise(edges)]

@@ -22,7 +22,7 @@ from hmm_speech.nn.transition import TransitionTable
 from hmm_speech.optim import EM
 
 CONTEXT = 0.9
-STAY = 0.7
+STAY = 0.8  # probability of repeating a state: long stays start from few boundaries, which training then adds to
 FLOOR = 0.05  # share of every emission and exit that follows the unigram
 PSEUDOCOUNT = 0.1  # frames, in the EM iterations
 
@@ -39,8 +39,9 @@ def change_counts(sequences: Sequence[np.ndarray], vocabulary: int) -> np.ndarra
 def cluster_units(sequences: Sequence[np.ndarray], vocabulary: int, labels: int, seed: int = 0) -> np.ndarray:
     """(labels, V) membership: how much of each unit belongs to each label; columns sum to 1.
 
-    As many labels as units: one each. Fewer: Ward clusters of what comes before and after a unit (square roots of the
-    two distributions, so that distances are Hellinger's), since units that sound alike keep the same company. More:
+    As many labels as units: one each. Fewer: Ward clusters of what comes before and after a unit, since units that
+    sound alike keep the same company, and of the unit itself by an equal share, since two between which speech wavers
+    sound alike too (square roots of distributions, so that distances are Hellinger's). More:
     frequent units are shared by several labels, in proportion to the square root of their counts, in random parts that
     later training tells apart.
     """
@@ -48,9 +49,9 @@ def cluster_units(sequences: Sequence[np.ndarray], vocabulary: int, labels: int,
         from sklearn.cluster import AgglomerativeClustering
 
         changes = change_counts(sequences, vocabulary) + 1e-3
-        after = np.sqrt(changes / changes.sum(1, keepdims=True))
-        before = np.sqrt(changes / changes.sum(0)).T
-        assignment = AgglomerativeClustering(labels).fit_predict(np.concatenate([after, before], 1))
+        here = np.eye(vocabulary)
+        company = np.concatenate([here + _normalise(changes), here + _normalise(changes.T)], 1) / 2
+        assignment = AgglomerativeClustering(labels).fit_predict(np.sqrt(company))
         return (np.arange(labels)[:, None] == assignment).astype(np.float64)
     unigram = np.bincount(np.concatenate(list(sequences)), minlength=vocabulary) + 1.0
     copies = np.ones(vocabulary, dtype=np.int64)

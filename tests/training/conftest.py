@@ -1,0 +1,52 @@
+"""Runs of train.py inside the test process, on synthetic data and small networks."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, open_dict
+
+from hmm_speech.configuration import CLONE, plain
+
+SMALL = ("debug=tiny", "trainer.enable_progress_bar=false", "callbacks.progress=null", "figures=false")
+NETWORKS = ("emission.dim=16", "emission.blocks=1", "transition.dim=16", "transition.blocks=1")
+
+
+def composed(run: Path, *overrides: str) -> DictConfig:
+    """The configuration that `python train.py OVERRIDES hydra.run.dir=run` composes, Hydra's own set as well."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CLONE / "configs"), version_base="1.3"):
+        config = compose("train", overrides=list(overrides), return_hydra_config=True)
+    with open_dict(config):
+        config.hydra.runtime.output_dir = str(run)
+    HydraConfig.instance().set_config(config)
+    with open_dict(config):
+        del config.hydra
+    return config
+
+
+@pytest.fixture(scope="session")
+def script() -> ModuleType:
+    """train.py as a module."""
+    spec = importlib.util.spec_from_file_location("train", CLONE / "train.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def train(script: ModuleType) -> Callable[..., None]:
+    """Run train.py with overrides in a run folder."""
+
+    def run(folder: Path, *overrides: str, networks: bool = True) -> None:
+        config = composed(folder, *SMALL, *(NETWORKS if networks else ()), *overrides)
+        folder.mkdir(exist_ok=True)
+        script.train(plain(config), folder)
+
+    return run
