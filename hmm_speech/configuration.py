@@ -63,9 +63,7 @@ def instantiate(
     name = config["_target_"]
     target = _locate(name, where)
     if not inspect.isclass(target) or not _inside(target.__module__, allowed):
-        raise UserError(
-            f"{where}._target_ {name!r} is no class of the packages in allow_targets ({', '.join(allowed)})"
-        )
+        raise UserError(f"{where}._target_ {name!r} is no class of the allowed packages ({', '.join(allowed)})")
     if kind is not None and not issubclass(target, kind):
         raise UserError(f"{where}._target_ {name!r} is no {kind.__name__}")
     values = {

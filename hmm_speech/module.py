@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 import pickle
@@ -48,7 +49,7 @@ class SpeechHMM(LightningModule):
         optimizer: ``{_target_, ..., schedule: {_target_, ...} or None}``; not needed for inference.
         frames_per_batch: the loss is the batch's negative log-likelihood in bits over this constant, so that every
             frame of the corpus weighs the same, whatever batch it falls into.
-        seed: of dropout; every epoch draws from (seed, epoch, process), so that a resumed run repeats a whole one.
+        seed: of dropout, which draws from (seed, epoch, batch, process), so that a resumed run repeats a whole one.
         allowed: packages from which ``_target_`` may come.
 
     Arguments are plain values, so that checkpoints load with ``weights_only=True``.
@@ -88,10 +89,10 @@ class SpeechHMM(LightningModule):
         """Trainable numbers; forbidden entries of tables are none."""
         return sum(int(p.detach().isfinite().sum()) for p in self.parameters() if p.requires_grad)
 
-    def on_train_epoch_start(self) -> None:
-        torch.manual_seed((self.hparams.seed * 1009 + self.current_epoch) * 4099 + self.global_rank)
-
-    def training_step(self, batch: Batch) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        # Loaders draw from the same generator, and not equally often in a resumed run: so start anew for every batch.
+        place = (self.hparams.seed, self.current_epoch, batch_idx, self.global_rank)
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=8).digest(), "big"))
         bits = self._bits(batch).sum()
         self._log_bits("train", bits.detach(), batch)
         return bits / self.hparams.frames_per_batch

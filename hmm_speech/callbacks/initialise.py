@@ -10,7 +10,8 @@ from hmm_speech.nn.initialise import initialise
 class ClusterInitialisation(Callback):
     """Before the first epoch, fit the model to chain tables made from clusters of units; see ``initialise``.
 
-    A resumed run skips this. Every process computes the same, from the whole training split; no phones are used.
+    A resumed run skips this. The first process computes it, from the whole training split, and the others take it over;
+    no phones are used.
 
     Args:
         iterations: EM iterations of the tables.
@@ -22,7 +23,11 @@ class ClusterInitialisation(Callback):
     def __init__(self, iterations: int = 3, steps: int = 300, lr: float = 5e-3, seed: int = 0) -> None:
         self.iterations, self.steps, self.lr, self.seed = iterations, steps, lr, seed
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.ckpt_path is None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.ckpt_path is not None:  # known from here on; not yet in setup
+            return
+        if trainer.is_global_zero:
             train = [utterance.units for utterance in trainer.datamodule.corpus.split("train")]
             initialise(pl_module, train, self.iterations, self.steps, self.lr, self.seed)
+        if trainer.world_size > 1:
+            pl_module.load_state_dict(trainer.strategy.broadcast(pl_module.state_dict()))

@@ -46,7 +46,7 @@ class BucketBatchSampler(Sampler[list[int]]):
 
     Args:
         lengths: frames of each utterance.
-        batch_size: utterances a batch, at most.
+        batch_size: utterances a batch, at most (a batch may have two where 1 would leave a process without one).
         shuffle: another order every epoch (``set_epoch``).
         seed: of the order.
         rank, world_size: this process and how many there are.
@@ -86,7 +86,8 @@ class BucketBatchSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-len(self.lengths) // (self.batch_size * self.world_size))
+        wanted = -(-len(self.lengths) // (self.batch_size * self.world_size))
+        return min(wanted, len(self.lengths) // self.world_size)  # no batch may be empty
 
     def __iter__(self) -> Iterator[list[int]]:
         count = len(self) * self.world_size

@@ -144,7 +144,8 @@ def fit_tables(module: nn.Module, tables: tuple[Tensor, Tensor, Tensor], steps: 
         if hasattr(part, "assign"):
             part.assign(table)
         else:
-            targets.append((part.logits if hasattr(part, "logits") else part, table))
+            device = next(part.parameters()).device
+            targets.append((part.logits if hasattr(part, "logits") else part, table.to(device)))
     parameters = [p for part in parts if not hasattr(part, "assign") for p in part.parameters()]
     if not targets:
         return 0.0

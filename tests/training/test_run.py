@@ -123,7 +123,8 @@ def test_processes_count_each_test_frame_once(tmp_path: Path) -> None:
     for name, trainer in (("one", ["trainer=cpu"]), ("two", ["trainer=ddp_cpu", "trainer.devices=2"])):
         command = [
             sys.executable, str(CLONE / "train.py"), "debug=tiny", "data.utterances=33", "emission=table",
-            "transition=table", "optimizer=em", "figures=false", "trainer.max_epochs=2", f"hydra.run.dir={tmp_path / name}",
+            "transition=table", "optimizer=em", "figures=false", "trainer.max_epochs=2",
+            f"hydra.run.dir={tmp_path / name}",
             *trainer,
         ]  # fmt: skip
         environment = os.environ | {"PYTHONPATH": str(CLONE), "OMP_NUM_THREADS": "1"}
