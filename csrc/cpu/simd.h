@@ -48,7 +48,8 @@ template <class Real> using Vec = typename Simd<Real>::V;
 template <class Real> using Int = typename Simd<Real>::I;
 template <class Real> constexpr int kLanes = HMM_VECTOR_BYTES / int(sizeof(Real));
 
-template <class Real> HMM_INLINE Vec<Real> splat(Real x) { return Vec<Real>{} + x; }
+// x - 0 is x even for -0, so that the compiler leaves a plain broadcast (0 + x is not).
+template <class Real> HMM_INLINE Vec<Real> splat(Real x) { return x - Vec<Real>{}; }
 
 template <class Real> HMM_INLINE Vec<Real> load(const Real *p) {
   Vec<Real> v;

@@ -153,7 +153,11 @@ class LogPartition(Function):
     def backward(ctx, grad):
         initial, transition, emission, lengths, final, *messages = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        state, edge = Posterior.apply(grad, initial, transition, emission, lengths, final, needs[1], *messages)
+        arguments = (grad, initial, transition, emission, lengths, final)
+        if torch.is_grad_enabled():  # create_graph=True
+            state, edge = Posterior.apply(*arguments, needs[1], *messages)
+        else:
+            state, edge = torch.ops.hmm_speech.backward(*arguments, *messages, needs[1])
         return (
             first_frame(state, initial) if needs[0] else None,
             edge if needs[1] else None,
