@@ -52,7 +52,7 @@ class Row:
 
 
 def dense_loop(initial: Tensor, transition: Tensor) -> Tensor:
-    """Forward algorithm in log space, one torch.logsumexp a frame; `unbind`, since indexing makes backward quadratic."""
+    """Forward algorithm in log space, one torch.logsumexp a frame. `unbind`: indexing makes backward quadratic."""
     alpha = initial
     for arcs in transition.unbind(1):
         alpha = torch.logsumexp(alpha.unsqueeze(-1) + arcs, 1)
@@ -133,7 +133,9 @@ def hardware() -> dict[str, str | int]:
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
         cpu = names[0] if names else cpu
     return {
         "cpu": cpu,
@@ -161,8 +163,12 @@ def bench(threads: int, batch: int, seconds: float, quick: bool, out: Path | Non
             raise UserError(f"{name}: got {value}, expected at least 1")
     torch.set_num_threads(threads)
     machine = hardware()
-    title = "B={}, float32, {threads} thread(s), {cpu}, {instructions} ({backend}), torch {torch}".format(batch, **machine)
-    table = Table(title=title, caption="milliseconds, medians of paired rounds; ratio: loop / layer, forward + backward")
+    title = "B={}, float32, {threads} thread(s), {cpu}, {instructions} ({backend}), torch {torch}".format(
+        batch, **machine
+    )
+    table = Table(
+        title=title, caption="milliseconds, medians of paired rounds; ratio: loop / layer, forward + backward"
+    )
     for column in ("arcs", "N", "T", "forward", "backward", "Viterbi", "loop fwd", "loop bwd", "ratio"):
         table.add_column(column, justify="left" if column == "arcs" else "right")
     found = []
@@ -173,4 +179,6 @@ def bench(threads: int, batch: int, seconds: float, quick: bool, out: Path | Non
             table.add_row(row.kind, str(row.states), str(row.frames), *(f"{x:.2f}" for x in times), f"{row.ratio:.1f}")
     if out is not None:
         with atomic_path(out) as beside:
-            beside.write_text(json.dumps({"machine": machine, "batch": batch, "rows": [asdict(x) for x in found]}, indent=2))
+            beside.write_text(
+                json.dumps({"machine": machine, "batch": batch, "rows": [asdict(x) for x in found]}, indent=2)
+            )

@@ -23,6 +23,91 @@ app = typer.Typer(
 app.command()(units)
 
 
+Checkpoint = Annotated[Path, typer.Argument(help="A run's checkpoints/best.ckpt.")]
+UnitFile = Annotated[Path, typer.Argument(help="A unit file, as `hmm-speech units` writes it, or a folder of them.")]
+
+
+@app.command()
+def decode(
+    checkpoint: Checkpoint,
+    file: UnitFile,
+    out: Annotated[Path, typer.Option(help="The folder to write to.")],
+    format: Annotated[
+        str, typer.Option(help="parquet: one file, decoded.parquet; textgrid: one file an utterance.")
+    ] = "parquet",
+    split: Annotated[Optional[str], typer.Option(help="train, valid or test; all by default.")] = None,  # noqa: UP045
+) -> None:
+    """Write the Viterbi states of every utterance: labels, segments in seconds, and log-likelihoods."""
+    from hmm_speech import inference
+    from hmm_speech.module import load
+
+    if format not in inference.FORMATS:
+        raise UserError(f"--format: got {format!r}, expected one of {', '.join(inference.FORMATS)}")
+    module = load(checkpoint)
+    corpus = inference.read_corpus(module, file)
+    utterances = corpus.utterances if split is None else corpus.split(split)
+    if not utterances:
+        raise UserError(f"{file}: no utterance in the split {split!r}; expected train, valid or test")
+    decoded = list(inference.decode(module, utterances))
+    if format == "parquet":
+        inference.write_parquet(decoded, corpus, out / "decoded.parquet")
+    else:
+        inference.write_textgrids(decoded, corpus, out)
+    typer.echo(f"{len(decoded)} utterances in {out}", err=True)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Checkpoint,
+    file: UnitFile,
+    json: Annotated[bool, typer.Option("--json", help="Print the metrics.json object and nothing else.")] = False,
+    out: Annotated[Optional[Path], typer.Option(help="Write a report with pictures, .html.")] = None,  # noqa: UP045
+) -> None:
+    """Score a model on the test split, beside n-gram baselines, raw units and equal segments: training's own test."""
+    import tempfile
+
+    from hmm_speech import inference
+    from hmm_speech.evaluate.html import write_html
+    from hmm_speech.evaluate.report import print_metrics, to_json
+    from hmm_speech.module import load
+    from hmm_speech.report import draw_figures
+
+    module = load(checkpoint)
+    corpus = inference.read_corpus(module, file)
+    metrics = inference.evaluate(module, corpus)
+    if json:
+        typer.echo(to_json(metrics))
+    else:
+        print_metrics(metrics)
+    if out is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            draw_figures(module, corpus, Path(folder), metrics)
+            pictures = sorted((Path(folder) / "figures").glob("*.png"))
+            write_html(out, metrics, {x.stem.replace("_", " "): x for x in pictures}, title=f"{checkpoint} on {file}")
+
+
+@app.command()
+def sample(
+    checkpoint: Checkpoint,
+    num: Annotated[int, typer.Option(help="Utterances.")] = 10,
+    frames: Annotated[int, typer.Option(help="Frames of each.")] = 500,
+    frame_rate: Annotated[float, typer.Option(help="Frames a second, for the times of the labels.")] = 50.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    out: Annotated[Optional[Path], typer.Option(help="Write a unit file; lines `id u1 u2 ...` otherwise.")] = None,  # noqa: UP045
+) -> None:
+    """Make up utterances of units; in a unit file, the labels that produced them stand where phones do."""
+    from hmm_speech import inference
+    from hmm_speech.data.unitfile import write_units
+    from hmm_speech.module import load
+
+    corpus = inference.sample(load(checkpoint), num, frames, frame_rate, seed)
+    if out is not None:
+        write_units(corpus, out)
+        return
+    for utterance in corpus.utterances:
+        typer.echo(" ".join([utterance.id, *map(str, utterance.units)]))
+
+
 @app.command()
 def info() -> None:
     """Versions, the backend in use and, where the kernels did not load, why and how to rebuild them."""
@@ -37,11 +122,10 @@ def info() -> None:
     typer.echo(f"python      {platform.python_version()}, {platform.platform()}")
     cuda = f"CUDA {torch.version.cuda}, {torch.cuda.device_count()} GPU(s)" if torch.cuda.is_available() else "no GPU"
     typer.echo(f"torch       {torch.__version__}, {torch.get_num_threads()} thread(s), {cuda}")
-    for package in ("torchaudio", "lightning", "hydra-core", "torchmetrics", "scikit-learn", "pyarrow", "soundfile", "wandb"):
-        try:
-            typer.echo(f"{package:<11} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            typer.echo(f"{package:<11} not installed")
+    names = ["torchaudio", "lightning", "hydra-core", "torchmetrics", "scikit-learn", "pyarrow", "soundfile", "wandb"]
+    installed = {x.metadata["Name"].lower(): x.version for x in importlib.metadata.distributions()}
+    for name in names:
+        typer.echo(f"{name:<11} {installed.get(name, 'not installed')}")
     now = backend()
     typer.echo(f"backend     {now.name}: {now.detail}")
     if load().handle is None:
@@ -63,7 +147,7 @@ def bench(
 
 
 def main() -> None:
-    """Run the command; a user's mistake is one line on standard error and exit code 1 (HYDRA_FULL_ERROR=1 shows more)."""
+    """Run the command; a user's mistake is one line on standard error and exit code 1 (HYDRA_FULL_ERROR=1: all)."""
     try:
         app()
     except UserError as error:

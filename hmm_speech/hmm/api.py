@@ -19,7 +19,7 @@ class Viterbi(NamedTuple):
 
 
 class HMM:
-    r"""A batch of hidden Markov chains (or linear-chain CRFs) with N states over T frames, for exact, differentiable inference.
+    r"""A batch of hidden Markov chains (or linear-chain CRFs), N states over T frames: exact, differentiable inference.
 
     A path :math:`z` of a sequence with L frames has the score
 
@@ -37,8 +37,8 @@ class HMM:
         final: :math:`f`, (N,) or (B, N), or None: the score of ending in each state.
         check: look for +inf and NaN within the lengths, which otherwise give NaN, and at lengths on a GPU.
 
-    float16 and bfloat16 scores are computed in float32; results are then float32, and gradients come back in the inputs'
-    type. A sequence whose every path is forbidden has log partition -inf, zero marginals and zero gradients.
+    float16 and bfloat16 scores are computed in float32; results are then float32, and gradients come back in the
+    inputs' type. A sequence whose every path is forbidden has log partition -inf, zero marginals and zero gradients.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
@@ -87,8 +87,8 @@ class HMM:
     def log_partition(self) -> Tensor:
         r""":math:`\log Z = \log \sum_z \exp s(z)`, (B,): the log-likelihood where scores are normalised.
 
-        The forward algorithm (Rabiner 1989, eqs. 19-21), :math:`\alpha_t(j) = e_t(j) + \log \sum_i \exp(\alpha_{t-1}(i) +
-        \phi_t(i, j))`. Its gradients are the posteriors below, with an explicit backward pass.
+        The forward algorithm (Rabiner 1989, eqs. 19-21), :math:`\alpha_t(j) = e_t(j) + \log \sum_i
+        \exp(\alpha_{t-1}(i) + \phi_t(i, j))`. Its gradients are the posteriors below, with an explicit backward pass.
         """
         if use_native(self.transition.device.type):
             return ops.LogPartition.apply(*self._scores)
@@ -99,7 +99,7 @@ class HMM:
         return self._posterior(self.transition.dim(), edges=False)[0]
 
     def transition_counts(self) -> Tensor:
-        r"""Expected transitions :math:`\sum_{0<t<L} p(z_{t-1} = i, z_t = j)`, (B, N, N): the E-step (Rabiner 1989, eq. 39b).
+        r"""Expected transitions :math:`\sum_{0<t<L} p(z_{t-1} = i, z_t = j)`, (B, N, N): Rabiner 1989, eq. 39b.
 
         Never forms (B, T, N, N), unless the transition came that way. Differentiable.
         """
@@ -107,7 +107,7 @@ class HMM:
         return edges.sum(1) if edges.dim() == 4 else edges
 
     def viterbi(self) -> Viterbi:
-        r"""The path of the highest score, :math:`\max_z s(z)` (Rabiner 1989, eqs. 32-35); ties go to the smallest state.
+        r"""The path of the highest score, :math:`\max_z s(z)` (Rabiner 1989, eqs. 32-35); ties: the smallest state.
 
         ``score`` is differentiable: its gradients are the indicator of the path.
         """
@@ -136,7 +136,7 @@ class HMM:
         return reference.sample(*scores, uniform)
 
     def score(self, states: Tensor) -> Tensor:
-        """The score of given paths, (B,) for states (B, T) int64; what they hold past the end is ignored. Differentiable.
+        """The score of paths, (B,) for states (B, T) int64; what they hold past the end is ignored. Differentiable.
 
         Raises:
             ValueError: for a state that is not one of 0..N-1 within the lengths.
@@ -224,7 +224,7 @@ class HMMForward:
 
     @staticmethod
     def apply(potential: Tensor, lengths: Tensor, mask: Tensor | None = None) -> Tensor:
-        """log Z, (B, 1), of edge potentials (B, T, N, N) whose first frame holds the start scores in ``potential[:, 0, 0]``.
+        """log Z, (B, 1), of edge potentials (B, T, N, N) with the start scores in ``potential[:, 0, 0]``.
 
         ``lengths`` (B,) says where each sequence ends. ``mask``, (B, T, 1, 1) or None, marked the same frames for the
         seed's backward pass; `lengths` decides here, and nothing is read from it. No argument is written to.

@@ -24,7 +24,7 @@ def require_tensor(name: str, value: object) -> None:
 
 
 def common_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
-    """float64 if all are, else float32; float64 beside others is refused, since one of them is not what the user thinks."""
+    """float64 if all are, else float32. float64 beside others is refused: one of them is not what the user thinks."""
     doubles = [name for name, x in tensors.items() if x.dtype == torch.float64]
     if doubles and len(doubles) < len(tensors):
         others = ", ".join(f"{name} is {x.dtype}" for name, x in tensors.items() if name not in doubles)
@@ -38,7 +38,8 @@ def check_shapes(initial: Tensor, transition: Tensor, emission: Tensor | None, f
     """Returns (B, T, N); raises ValueError naming the argument whose shape does not fit."""
     if transition.dim() not in (2, 3, 4) or transition.shape[-1] != transition.shape[-2] or transition.shape[-1] < 1:
         raise ValueError(
-            f"transition: shape is {shape_of(transition)}, expected (N, N), (B, N, N) or (B, T-1, N, N) with N of at least 1"
+            f"transition: shape is {shape_of(transition)}, expected (N, N), (B, N, N) or (B, T-1, N, N) "
+            "with N of at least 1"
         )
     num_states = transition.shape[-1]
     if emission is None:
@@ -68,7 +69,7 @@ def check_shapes(initial: Tensor, transition: Tensor, emission: Tensor | None, f
 
 
 def check_lengths(lengths: object, batch: int, time: int, device: torch.device, check: bool) -> Tensor:
-    """Lengths as int64 on the scores' device. Values are looked at where that costs no synchronisation, or under `check`."""
+    """Lengths as int64 on the scores' device. Values are seen where that costs no synchronisation, or under `check`."""
     if lengths is None:
         return torch.full((batch,), time, dtype=torch.int64, device=device)
     if not isinstance(lengths, Tensor):

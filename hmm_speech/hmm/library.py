@@ -139,8 +139,8 @@ def use_native(device_type: str) -> bool:
         return True
     if _choice.get() == "native":
         raise RuntimeError(
-            f'use_backend("native"): the library has no kernels for {device_type} tensors; use the "auto" backend, which '
-            "takes the reference there, or move the scores to the CPU"
+            f'use_backend("native"): the library has no kernels for {device_type} tensors; use the "auto" backend, '
+            "which takes the reference there, or move the scores to the CPU"
         )
     return False
 

@@ -47,7 +47,8 @@ class _Call:
         self.problem = library.Problem(
             batch=batch, time=time, states=num_states,
             initial=_address(initial), initial_batch_stride=initial.stride(0) if initial.dim() == 2 else 0,
-            transition=_address(transition), transition_batch_stride=transition.stride(0) if transition.dim() > 2 else 0,
+            transition=_address(transition),
+            transition_batch_stride=transition.stride(0) if transition.dim() > 2 else 0,
             transition_time_stride=transition.stride(1) if self.time_varying else 0,
             emission=_address(emission), lengths=_address(self.tensors[3]), final=_address(final),
             final_batch_stride=final.stride(0) if final is not None and final.dim() == 2 else 0,
@@ -168,7 +169,7 @@ class LogPartition(Function):
 
 
 class Posterior(Function):
-    """grad times p(z_t | x), (B, T, N), and grad times p(z_t, z_t+1 | x), of the transition's shape (empty if not `edges`).
+    """grad times p(z_t | x), (B, T, N), and grad times p(z_t, z_t+1 | x), of the transition's shape (or empty).
 
     Differentiable by the reference: a Hessian-vector product of log Z through plain torch.
     """

@@ -1,8 +1,9 @@
-"""The layer in plain torch: the specification that the native kernels are compared with, and the fallback without them.
+"""The layer in plain torch: the specification that the kernels are compared with, and the fallback without them.
 
-Every function takes scores as :class:`hmm_speech.hmm.HMM` documents them, already validated: ``initial`` (N,) or (B, N),
-``transition`` (N, N), (B, N, N) or (B, T-1, N, N), ``emission`` (B, T, N) or None, ``lengths`` (B,), ``final`` (N,), (B, N)
-or None. Everything here is differentiable any number of times. Cost: B T N^2 operations and, under autograd, memory.
+Every function takes scores as :class:`hmm_speech.hmm.HMM` documents them, already validated: ``initial`` (N,) or
+(B, N), ``transition`` (N, N), (B, N, N) or (B, T-1, N, N), ``emission`` (B, T, N) or None, ``lengths`` (B,), ``final``
+(N,), (B, N) or None. Everything here is differentiable any number of times. Cost: B T N^2 operations and, under
+autograd, memory.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ INF = float("inf")
 
 
 def logsumexp(x: Tensor, dim: int) -> Tensor:
-    """log sum exp along `dim`: -inf, with zero gradients, where every entry is -inf (torch.logsumexp gives NaN there)."""
+    """log sum exp along `dim`: -inf with zero gradients where every entry is -inf (torch.logsumexp gives NaN there)."""
     maximum = x.detach().amax(dim, keepdim=True)
     maximum = maximum.masked_fill(maximum == -INF, 0)
     total = (x - maximum).exp().sum(dim)
@@ -28,7 +29,7 @@ def frames(transition: Tensor, emission: Tensor | None) -> int:
 
 
 def _arcs(transition: Tensor, lengths: Tensor, time: int) -> list[Tensor]:
-    """Scores from frame t-1 to t for t = 1..T-1, (N, N) or (B, N, N) each; arcs past the end are 0, whatever they hold."""
+    """Scores from frame t-1 to t for t = 1..T-1, (N, N) or (B, N, N) each; 0 past the end, whatever they hold."""
     if transition.dim() < 4:
         return [transition] * max(time - 1, 0)
     steps = torch.arange(1, time, device=transition.device)
@@ -109,7 +110,7 @@ def viterbi(initial, transition, emission, lengths, final) -> tuple[Tensor, Tens
 def sample(initial, transition, emission, lengths, final, uniform: Tensor) -> Tensor:
     """Paths drawn from the posterior, (S, B, T), by forward filtering, backward sampling (Scott 2002, section 2.1).
 
-    z_{L-1} ~ alpha_{L-1}, then z_{t-1} with probability proportional to exp(alpha_{t-1}(i) + phi_t(i, z_t)), each by the
+    z_{L-1} ~ alpha_{L-1}, then z_{t-1} with probability proportional to exp(alpha_{t-1}(i) + phi_t(i, z_t)), by the
     inverse of its cumulative distribution at `uniform` (S, B, T). -1 past the end and where no path is feasible.
     """
     messages, _ = _recursion(initial, transition, emission, lengths, final, lambda x: logsumexp(x, 1))

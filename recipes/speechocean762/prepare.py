@@ -1,6 +1,6 @@
-"""From the download of speechocean762 to a unit file: `python recipes/speechocean762/prepare.py CORPUS --out DIR`.
+"""From the download of speechocean762 to a unit file: `python recipes/speechocean762/prepare.py CORPUS`.
 
-CORPUS is the unpacked archive of https://www.openslr.org/101 (WAVE/, train/, test/, resource/). Written under DIR:
+CORPUS is the unpacked archive of https://www.openslr.org/101 (WAVE/, train/, test/, resource/). Written under --out:
 meta.tsv, which lists the audio files with speaker, split, text, gender and age, the unit file (logmel.parquet for the
 default features) and its quantizer. Audio files that are missing or broken are named, the rest is written, and the
 exit code is then 1. The corpus carries no phone times; --alignments adds some.
@@ -24,6 +24,7 @@ from hmm_speech.units.extract import extract_units
 
 COLUMNS = ("utt", "speaker", "split", "text", "gender", "age", "audio")
 NAMES_SHOWN = 20
+OUT = Path("outputs/speechocean762")  # where the presets of this recipe look
 
 
 def read_pairs(path: Path) -> dict[str, str]:
@@ -97,7 +98,7 @@ def prepare(options: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path, metavar="CORPUS")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help=f"where to write ({OUT} by default)")
     parser.add_argument("--features", default="logmel", help="logmel (the default), mfcc, or BUNDLE:LAYER")
     parser.add_argument("--clusters", type=int, default=None, help="size of the vocabulary (100)")
     parser.add_argument("--quantizer", type=Path, help="a quantizer that an earlier run saved, instead of fitting one")

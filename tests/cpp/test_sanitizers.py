@@ -1,4 +1,4 @@
-"""The C interface under AddressSanitizer with UBSan, and under ThreadSanitizer, for every instruction set of this CPU."""
+"""The C interface under AddressSanitizer with UBSan, and under ThreadSanitizer, for each instruction set."""
 
 import os
 import shutil
@@ -33,7 +33,9 @@ def test_the_c_interface(tmp_path, sanitizer):
     program = built(tmp_path, sanitizer)
     seen = set()
     for instructions in ("", "avx2", "portable"):
-        done = subprocess.run([program], capture_output=True, text=True, env={**os.environ, "HMM_SPEECH_ISA": instructions})
+        done = subprocess.run(
+            [program], capture_output=True, text=True, env={**os.environ, "HMM_SPEECH_ISA": instructions}
+        )
         assert done.returncode == 0, f"{instructions or 'default'}:\n{done.stdout}{done.stderr}"
         seen.add(done.stdout.strip())
     assert "portable" in seen

@@ -47,7 +47,7 @@ def doubled(arguments):
 
 
 def solve(arguments, grad):
-    """log Z and the gradients of sum(grad * log Z), infeasible sequences left out as a training loop would mask them."""
+    """log Z and the gradients of sum(grad * log Z), without infeasible sequences, as a training loop would."""
     leaves = {
         k: x.clone().requires_grad_() if x is not None and x.is_floating_point() else x for k, x in arguments.items()
     }

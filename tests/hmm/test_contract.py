@@ -57,7 +57,7 @@ def test_every_tile_edge(batch, states):
 
 
 def left_to_right(states, time, gap, seed=0):
-    """A chain that only stays or moves on, whose emissions are `gap` nats apart, early frames preferring late states."""
+    """A chain that only stays or moves on, with emissions `gap` nats apart."""
     g = torch.Generator().manual_seed(seed)
     transition = torch.full((states, states), -INF)
     for i in range(states):
