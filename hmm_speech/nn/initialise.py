@@ -23,7 +23,7 @@ from hmm_speech.optim import EM
 
 CONTEXT = 0.9
 STAY = 0.8  # probability of repeating a state: long stays start from few boundaries, which training then adds to
-FLOOR = 0.05  # share of every emission and exit that follows the unigram
+FLOOR = 0.2  # share of every emission and exit that follows the unigram
 PSEUDOCOUNT = 0.1  # frames, in the EM iterations
 
 
