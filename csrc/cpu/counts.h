@@ -9,13 +9,20 @@ template <class Real> struct Counts {
   static constexpr int kRows = 8, kColumns = kPanelVectors / 2 * kLanes<Real>;  // of the register tile
   static constexpr int kDepth = 256;                                           // frames a block
   const int64_t N, padded;
+  const Real grad_scale;  // a power of two that brings the largest |grad| near 1, so that products stay in range
   int64_t filled = 0;
   Scratch<Real> sum, right;
   const Real *left[kDepth];
 
-  explicit Counts(int64_t n)
-      : N(n), padded(round_up(n, kColumns)), sum(round_up(n, kRows) * padded), right(padded * kDepth) {}
+  Counts(int64_t n, const Real *grad, int64_t batch)
+      : N(n), padded(round_up(n, kColumns)), grad_scale(scale_of(grad, batch)), sum(round_up(n, kRows) * padded), right(padded * kDepth) {}
   bool allocated() const { return sum.data && right.data; }
+
+  static Real scale_of(const Real *grad, int64_t batch) {
+    Real largest = 0;
+    for (int64_t b = 0; b < batch; b++) largest = std::fabs(grad[b]) > largest ? std::fabs(grad[b]) : largest;
+    return largest > 0 && std::isfinite(largest) ? std::ldexp(Real(1), -std::ilogb(largest)) : Real(1);
+  }
 
   // One frame: a (N), which must stay where it is until the next flush, on the left; scale * u (padded) on the right.
   void add(const Real *a, Real scale, const Real *u) {
@@ -68,7 +75,7 @@ template <class Real> struct Counts {
     for (int64_t i = 0; i < N; i++)
       for (int64_t j = 0; j < N; j++) {
         const Real a = arcs.forward[j / P * P * N + i * P + j % P];
-        if (a > 0) edge[i * N + j] += std::ldexp(sum[i * padded + j], kTopBits) * a;
+        if (a > 0) edge[i * N + j] += std::ldexp(sum[i * padded + j] * a, kTopBits) / grad_scale;
       }
   }
 };

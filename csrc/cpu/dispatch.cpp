@@ -4,7 +4,6 @@
 #include <cstring>
 #include <new>
 #include <numeric>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -37,7 +36,7 @@ void parallel(int workers, void (*body)(void *, int, int), void *context) {
   int started = 1;
   try {
     for (; started < workers; started++) others.emplace_back(body, context, started, workers);
-  } catch (const std::system_error &) {  // no thread to be had: the caller's own does the rest
+  } catch (...) {  // no thread or no memory to be had: the caller's own thread does the rest
   }
   body(context, 0, workers);
   for (int worker = started; worker < workers; worker++) body(context, worker, workers);

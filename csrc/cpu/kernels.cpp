@@ -153,7 +153,7 @@ template <class Real> struct Backward : Status {
       const Arcs<Real> own(Sequence<Real>(p, b).transition, N, p.time, true);
       Group one;
       one.size = 1, one.index[0] = b, one.length[0] = p.lengths[b];
-      Counts<Real> counts(mine ? N : 0);
+      Counts<Real> counts(mine ? N : 0, grad + b, 1);
       if (!own.allocated() || !counts.allocated()) return out_of_memory();
       backward_group(p, own, one, (Real *)rows, grad, alpha, centre, state, mine ? &counts : nullptr);
       if (mine) counts.finish(own, mine);
@@ -161,7 +161,7 @@ template <class Real> struct Backward : Status {
   }
 
   bool groups(int worker, int workers, Real *rows, Real *mine) {
-    Counts<Real> counts(mine ? p.states : 0);
+    Counts<Real> counts(mine ? p.states : 0, grad, p.batch);
     if (!counts.allocated()) return false;
     int64_t at = 0;
     for (int64_t k = 0; at < p.batch; k++) {
@@ -222,6 +222,7 @@ template <class Real> struct Backward : Status {
 template <class Real>
 int forward(const hmm_problem &p, const int64_t *order, Parallel parallel, Real *log_partition, Real *alpha, Real *norm,
             Real *centre, int32_t *method) {
+  if (p.batch == 0) return HMM_OK;
   Forward<Real> body(p, order);
   body.log_partition = log_partition, body.alpha = alpha, body.norm = norm, body.centre = centre, body.method = method;
   if (p.time_varying || p.transition_batch_stride) {
@@ -238,6 +239,10 @@ int forward(const hmm_problem &p, const int64_t *order, Parallel parallel, Real 
 template <class Real>
 int backward(const hmm_problem &p, const int64_t *order, Parallel parallel, const Real *grad, const Real *log_partition,
              const Real *alpha, const Real *norm, const Real *centre, const int32_t *method, Real *state, Real *edge) {
+  if (p.batch == 0) {
+    if (edge && !p.time_varying && !p.transition_batch_stride) clear(edge, p.states * p.states);
+    return HMM_OK;
+  }
   Backward<Real> body(p, order);
   body.grad = grad, body.log_partition = log_partition, body.alpha = alpha, body.norm = norm, body.centre = centre;
   body.method = method, body.state = state, body.edge = edge, body.shared = nullptr, body.partial = nullptr;
@@ -245,13 +250,14 @@ int backward(const hmm_problem &p, const int64_t *order, Parallel parallel, cons
   const FlushToZero flush;
   const int64_t N = p.states;
   const Arcs<Real> shared((const Real *)p.transition, N, p.time, true);
-  const Scratch<Real> partial(edge ? p.threads * N * N : 0);
+  const int workers = int(p.batch < p.threads ? p.batch : p.threads);
+  const Scratch<Real> partial(edge ? workers * N * N : 0);
   if (!shared.allocated() || !partial.data) return HMM_OUT_OF_MEMORY;
   body.shared = &shared, body.partial = partial;
   const int status = run(parallel, p.batch, p.threads, body);
   if (edge) {
     std::memcpy(edge, partial, N * N * sizeof(Real));
-    for (int worker = 1; worker < p.threads; worker++)
+    for (int worker = 1; worker < workers; worker++)
       for (int64_t k = 0; k < N * N; k++) edge[k] += partial[worker * N * N + k];
   }
   return status;

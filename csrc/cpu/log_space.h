@@ -160,7 +160,7 @@ HMM_INLINE void posterior_step(const In *arcs, const Acc *alpha, const Acc *norm
   }
 }
 
-// state: (L, N) out; edge as above, moving by edge_stride a frame, 0 to add all frames into one.
+// state: (L, N) out; edge as above, moving by edge_stride (N^2) a frame, 0 to add all frames into one, which must hold zeros.
 template <class In, class Acc, class Out, class Edge>
 void backward_log_space(const Sequence<In> &q, double grad, double log_partition, const Acc *alpha, const Acc *norm,
                         const Acc *centre, Out *state, Edge *edge, int64_t edge_stride, Acc *scratch /* 3 round_up(N) */) {
@@ -176,22 +176,29 @@ void backward_log_space(const Sequence<In> &q, double grad, double log_partition
         for (int64_t k = 0; k < N * N; k++) edge[(t - 1) * edge_stride + k] = Edge(fill);
     return;
   }
+  // The chain runs with mass grad, which saves a product an arc; where that could flush or overflow, with mass 1.
+  const bool extreme = !(std::fabs(grad) > 1e-6 && std::fabs(grad) < 1e6);
+  const double mass = extreme ? 1 : grad;
   Acc *gamma = scratch, *safe = scratch + padded, *previous = scratch + 2 * padded;
   clear(gamma, padded);
   clear(safe, padded);
   for (int64_t j = 0; j < N; j++) previous[j] = std::exp(alpha[(L - 1) * N + j]);
   for (int64_t t = L - 1;; t--) {
-    // The mass of gamma is exactly grad: normalising it here keeps rounding errors from adding up over time.
+    // The mass of gamma is exact: normalising it here keeps rounding errors from adding up over time.
     double total = 0;
     for (int64_t j = 0; j < N; j++) total += double(previous[j]);
-    const Acc scale = Acc(grad / total);
+    const Acc scale = Acc(mass / total);
     for (int64_t j = 0; j < N; j++) state[t * N + j] = Out(gamma[j] = previous[j] * scale);
-    if (t == 0) return;
+    if (t == 0) break;
     for (int64_t j = 0; j < N; j++) safe[j] = gamma[j] == 0 ? std::numeric_limits<Acc>::max() / 4 : norm[t * N + j];
     Edge *out = edge ? edge + (t - 1) * edge_stride : nullptr;
     if (edge_stride) posterior_step<false>(q.arcs(t), alpha + (t - 1) * N, safe, centre[t], gamma, N, previous, out);
     else posterior_step<true>(q.arcs(t), alpha + (t - 1) * N, safe, centre[t], gamma, N, previous, out);
   }
+  if (!extreme) return;
+  for (int64_t k = 0; k < L * N; k++) state[k] = Out(state[k] * grad);
+  if (edge)
+    for (int64_t k = 0; k < (edge_stride ? (L - 1) * edge_stride : N * N); k++) edge[k] = Edge(edge[k] * grad);
 }
 
 }  // namespace

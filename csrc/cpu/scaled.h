@@ -36,15 +36,21 @@ template <class Real> HMM_INLINE Real frame_top(const Real *emission, const Real
 }
 
 // w = exp(e + shift - top). A forbidden state gets 0, an allowed one at least 2^-126, so that the two stay apart. Writes N
-// numbers; what pads w is left alone.
+// numbers; what pads w is left alone. Large scores may cancel, where `wide` the sum is compensated (Knuth's two-sum).
 template <class Real>
-HMM_INLINE void frame_weights(const Real *emission, const Real *shift, Real top, int64_t N, Real *w) {
+HMM_INLINE void frame_weights(const Real *emission, const Real *shift, bool wide, Real top, int64_t N, Real *w) {
   constexpr int W = kLanes<Real>;
   const Real ninf = kNegativeInfinity<Real>;
   for (int64_t j = 0; j < N; j += W) {
-    Vec<Real> e = (emission ? load_part(emission + j, N - j, ninf) : Vec<Real>{}) - top;
-    if (shift) e += load(shift + j);
-    Vec<Real> x = exp<Real>(e);
+    const Vec<Real> e = emission ? load_part(emission + j, N - j, ninf) : Vec<Real>{};
+    Vec<Real> sum = e - top;
+    if (shift && !wide) sum += load(shift + j);
+    if (shift && wide) {
+      const Vec<Real> s = load(shift + j), part = sum - e, whole = sum + s, other = whole - sum;
+      const Vec<Real> lost = ((e - (sum - part)) + (-top - part)) + ((sum - (whole - other)) + (s - other));
+      sum = whole + lost;
+    }
+    Vec<Real> x = exp<Real>(sum);
     x = x < kTiny<Real> ? splat(kTiny<Real>) : x;
     store_part(w + j, N - j, e == ninf ? Vec<Real>{} : x);
   }
@@ -64,11 +70,11 @@ template <bool Find, class Real>
 HMM_INLINE double weigh(const Sequence<Real> &q, const Arcs<Real> &arcs, int64_t t, Real &centre, Real *w, Real *spare) {
   const Real *emission = q.emission ? q.frame(t) : nullptr, *shift = t ? arcs.shift.data : nullptr;
   if (Find) centre = frame_top<Real>(emission, shift, q.states);
-  frame_weights<Real>(emission, shift, centre, q.states, w);
+  frame_weights<Real>(emission, shift, arcs.wide, centre, q.states, w);
   double taken = double(centre) + (t ? arcs.top : 0);
   if (q.final && t == q.length - 1) {
     const Real top = frame_top<Real>(q.final, nullptr, q.states);
-    frame_weights<Real>(q.final, nullptr, top, q.states, spare);
+    frame_weights<Real>(q.final, nullptr, false, top, q.states, spare);
     multiply_weights(w, spare, q.states);
     taken += double(top);
   }
@@ -143,6 +149,9 @@ void forward_group(const hmm_problem &p, const Arcs<Real> &arcs, const Group &gr
   const int64_t longest = group.size ? group.length[0] : 0;
   for (int64_t t = 0; t < longest; t++) {
     const int running = group.running(t);
+    bool hope = false;
+    for (int m = 0; m < running; m++) hope |= !flag[m];
+    if (!hope) break;
     const Real *previous[kGroup], *w[kGroup];
     Real *out[kGroup];
     for (int m = 0; m < kGroup; m++) {  // the rows past the running ones repeat the first, with weight 0, into `idle`
@@ -161,7 +170,7 @@ void forward_group(const hmm_problem &p, const Arcs<Real> &arcs, const Group &gr
       for (int m = 0; m < running; m++) {
         const Sequence<Real> q(p, group.index[m]);
         const Real initial_top = frame_top<Real>(q.initial, nullptr, N);
-        frame_weights<Real>(q.initial, nullptr, initial_top, N, spare);
+        frame_weights<Real>(q.initial, nullptr, false, initial_top, N, spare);
         taken[m] += double(initial_top) - kTopBits * kLn2;
         total[m] = 0;
         for (int64_t j = 0; j < N; j++) {
@@ -175,7 +184,7 @@ void forward_group(const hmm_problem &p, const Arcs<Real> &arcs, const Group &gr
     else if (running > 1) forward_step<2, Real>(arcs, previous, w, out, total, flag);
     else forward_step<1, Real>(arcs, previous, w, out, total, flag);
     for (int m = 0; m < running; m++) {
-      if (!(total[m] >= std::ldexp(1., kTopBits + Range<Real>::kLossBits))) {  // infeasible, lost or NaN: log space tells which
+      if (!(total[m] >= arcs.least_sum)) {  // infeasible, lost or NaN: log space tells which
         flag[m] = true;
         continue;
       }
@@ -266,7 +275,7 @@ void backward_group(const hmm_problem &p, const Arcs<Real> &arcs, const Group &g
       if (m >= before)
         for (int64_t j = 0; j < N; j++) y[j] = 1;
       const Real inverse = Real(1) / posterior_mass(a, y, N);
-      if (counts && m < before) counts->add(a, grad[b] * inverse, next + m * padded);
+      if (counts && m < before) counts->add(a, grad[b] * counts->grad_scale * inverse, next + m * padded);
       Real found = t ? centre[frame] : Real(0);
       if (t) weigh<false>(Sequence<Real>(p, b), arcs, t, found, w, spare);
       posterior_row<Real>(a, y, t ? w : nullptr, grad[b], inverse, N, state + frame * N, next + m * padded);

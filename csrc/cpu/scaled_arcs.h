@@ -1,7 +1,7 @@
 // Forward-backward by scaled probabilities, for transitions shared over time (Rabiner 1989, section V.A; here with
 // power-of-two scales, which are exact, and a certificate).
 //
-//   A(i, j) = exp(phi(i, j) - c(j)),  c(j) = max_i phi(i, j);     w_t(j) = exp(e_t(j) + c(j) - max of the same over j)
+//   A(i, j) = exp(phi(i, j) - c(j)),  c(j) = max_i phi(i, j) to 1/64;     w_t(j) = exp(e_t(j) + c(j) - max of the same over j)
 //   a_t     = 2^k_t (a_{t-1} A) * w_t,    sum_j a_t(j) in [2^18, 2^31);      log Z = log sum_j a_{L-1}(j) + what was taken out
 //   b_{t-1} = A (w_t * b_t) / G,          G such that sum_i a_{t-1}(i) b_{t-1}(i) = 1;          gamma_t = a_t * b_t
 //   counts  = A * sum_t a_{t-1}^T (w_t * b_t) / G_{t-1},   as one matrix product over blocks of frames
@@ -12,15 +12,15 @@
 //
 // When is it exact? A number below 2^-126 (float) is lost. Two certificates, either is enough:
 //  (mixing) All arcs allowed, and within each column they differ by R bits at most. Then the backward scores of any two
-//     states differ by R bits at most, so that what is lost at t has a posterior below N^2 2^(-126 - 30 + R) / rho_t, where
-//     rho_t is the sum before rescaling, over 2^30. With rho_t >= 2^-48 demanded, R <= 84 - 2 log2 N - log2 T keeps the sum
-//     over all frames below 2^-24.
+//     states differ by R bits at most. A weight that is lost stands before a product of at most 2^31, and a term of a
+//     product below 2^-126; so what is lost or made up at t is below N^2 2^-95, against the sum s_t before rescaling, and
+//     its posterior below N^2 2^(R - 95) / s_t. With s_t >= T N^2 2^(R - 95 + 24) demanded, frames add up to less than 2^-24.
 //  (entrywise) Every state that can be reached has a message of at least 2^-94, hence a relative error of at most N 2^-32:
 //     nothing was lost. A state with a smaller message is reachable if an allowed arc leads to it from a state whose
 //     message is not 0; then the sequence is redone in log space. A zero sum alone would not show that, since a state
 //     that was lost may win later.
-// Backward, messages satisfy sum a b = 1; with a in [2^-94, 2^31] and rho_t >= 2^-48 an entry that is lost has a
-// posterior below 2^(31 - 126 + 48) = 2^-47. Double precision: the same with the bits of Range<double>.
+// Backward, messages satisfy sum a b = 1; with a in [2^-94, 2^31] and s_t >= 2^-18 an entry that is lost has a
+// posterior below 2^(31 - 126 + 30 + 18) = 2^-47. Double precision: the same with the bits of Range<double>.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -32,10 +32,10 @@ namespace {
 
 template <class Real> struct Range;
 template <> struct Range<float> {
-  static constexpr int kSmallestBits = -126, kEntryBits = -94, kArcBits = -100, kLossBits = -48;
+  static constexpr int kSmallestBits = -126, kEntryBits = -94, kArcBits = -100, kLeastSumBits = -18, kPrecision = 24;
 };
 template <> struct Range<double> {
-  static constexpr int kSmallestBits = -1022, kEntryBits = -960, kArcBits = -980, kLossBits = -400;
+  static constexpr int kSmallestBits = -1022, kEntryBits = -960, kArcBits = -980, kLeastSumBits = -370, kPrecision = 53;
 };
 // Messages are rescaled to a sum in [2^30, 2^31) when it leaves [2^18, 2^31): once in some ten frames of typical speech.
 constexpr int kTopBits = 30, kLowestTopBits = 18;
@@ -79,7 +79,9 @@ template <class Real> struct Arcs {
   int64_t N, padded;
   Scratch<Real> forward, backward, shift;  // panels of A, panels of A transposed, c(j) - max c
   double top = 0;                          // max c
+  double least_sum = 0;                    // s_t must not be less
   bool mixing = false, usable = true;      // which certificate applies; usable: no allowed arc was flushed
+  bool wide = false;                       // shifts over 16 nats: e + c may cancel, its rounding must be made good
 
   Arcs(const Real *scores, int64_t n, int64_t T, bool with_backward)
       : N(n), padded(round_up(n, kPanel<Real>)), forward(padded * n), backward(with_backward ? padded * n : 0), shift(padded) {
@@ -90,8 +92,10 @@ template <class Real> struct Arcs {
     for (int64_t j = 0; j < padded; j++) c[j] = ninf;
     for (int64_t i = 0; i < N; i++)
       for (int64_t j = 0; j < N; j += W) store(c + j, larger(load(c + j), load_part(scores + i * N + j, N - j, ninf)));
+    // On a grid, differences of any two c are exact, and so is the shift that the emissions get.
+    for (int64_t j = 0; j < N; j++) c[j] = c[j] == ninf ? ninf : std::rint(c[j] * 64) / 64;
     Real highest = ninf;
-    for (int64_t j = 0; j < N; j++) highest = c[j] > highest ? c[j] : highest;
+    for (int64_t j = 0; j < N; j++) highest = c[j] > highest ? c[j] : highest;  // +inf and NaN show in A
     if (highest == ninf) highest = 0;
     top = double(highest);
     Real lowest = 0;  // of the allowed arcs, below their column's maximum
@@ -110,11 +114,14 @@ template <class Real> struct Arcs {
       }
       for (int v = 0; v < W; v++) lowest = low[v] < lowest ? low[v] : lowest;
       store(c + j, m == ninf ? Vec<Real>{} : m - highest);
+      wide |= any<Real>(load(c + j) < Real(-16));
     }
     const double bits = -double(lowest) * 1.4426950408889634;
     usable = bits <= -Range<Real>::kArcBits;
-    const double margin = -Range<Real>::kSmallestBits + kTopBits + Range<Real>::kLossBits - 24;
-    mixing = !forbidden && bits <= margin - 2 * std::log2(double(N)) - std::log2(double(T));
+    const double demanded = bits + 2 * std::log2(double(N)) + std::log2(double(T)) + Range<Real>::kSmallestBits +
+                            kTopBits + 1 + Range<Real>::kPrecision;
+    mixing = !forbidden && demanded <= kLowestTopBits - 4;  // beyond that, benign frames would fail it
+    least_sum = std::exp2(mixing && demanded > Range<Real>::kLeastSumBits ? demanded : Range<Real>::kLeastSumBits);
     if (with_backward)
       for (int64_t i0 = 0; i0 < N; i0 += P)
         for (int64_t j = 0; j < N; j++) {

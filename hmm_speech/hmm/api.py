@@ -125,11 +125,13 @@ class HMM:
 
         One forward pass, then S backward walks (forward filtering, backward sampling; Scott 2002, section 2.1).
         """
-        if not isinstance(num_samples, int) or num_samples < 1:
+        if isinstance(num_samples, bool) or not hasattr(num_samples, "__index__") or num_samples < 1:
             raise ValueError(f"num_samples: got {num_samples!r}, expected an integer of at least 1")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: got {type(generator).__name__}, expected a torch.Generator or None")
         batch, time, _ = self._size
         scores = [x if x is None else x.detach() for x in self._scores]
-        shape = (num_samples, batch, time)
+        shape = (int(num_samples), batch, time)
         uniform = torch.rand(shape, generator=generator, dtype=scores[1].dtype, device=scores[1].device)
         if use_native(self.transition.device.type):
             return torch.ops.hmm_speech.sample(*scores, uniform)

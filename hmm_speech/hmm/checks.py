@@ -80,7 +80,7 @@ def check_lengths(lengths: object, batch: int, time: int, device: torch.device, 
         raise ValueError(f"lengths: shape is {shape_of(lengths)}, expected ({batch},), one length a sequence")
     if lengths.device.type != "cpu" and lengths.device != device:
         raise ValueError(f"lengths: on {lengths.device}, expected {device} as the scores, or the CPU")
-    fake = torch.compiler.is_compiling() or type(lengths) is not Tensor
+    fake = torch.compiler.is_compiling() or isinstance(lengths, torch._subclasses.FakeTensor)
     if batch and not fake and (lengths.device.type == "cpu" or check):
         shortest, longest = int(lengths.min()), int(lengths.max())
         if shortest < 0 or longest > time:

@@ -116,6 +116,8 @@ def count_redone(sequences: int) -> None:
 def use_backend(name: str) -> Iterator[None]:
     """Within this context the layer runs on ``"native"`` kernels, the ``"reference"``, or what fits (``"auto"``).
 
+    The choice holds for this thread (or asyncio task) and is not inherited by threads started within.
+
     Raises:
         ValueError: for another name.
         RuntimeError: for ``"native"`` where the library did not load; the message says why and how to rebuild.
@@ -132,7 +134,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def use_native(device_type: str) -> bool:
-    """Whether tensors on this kind of device go to the native kernels."""
+    """Whether tensors on this kind of device go to the native kernels. Under torch.compile, decided at compile time."""
     if _choice.get() == "reference" or load().handle is None:
         return False
     if device_type == "cpu":
@@ -143,6 +145,10 @@ def use_native(device_type: str) -> bool:
             "which takes the reference there, or move the scores to the CPU"
         )
     return False
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import all of torch._dynamo here.
+use_native._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def backend() -> Backend:

@@ -40,6 +40,8 @@ class _Call:
     def __init__(self, initial, transition, emission, lengths, final):
         batch, num_states, time = lengths.shape[0], transition.shape[-1], reference.frames(transition, emission)
         initial, final, transition = _dense(initial, 1), _dense(final, 1), _dense(transition, 2)
+        if transition.dim() == 3 and transition.stride(0) == 0:
+            transition = transition.contiguous()  # in C, stride 0 means one block of gradients for all sequences
         emission = None if emission is None else emission.contiguous()
         self.tensors = (initial, transition, emission, lengths.contiguous(), final)
         self.shape = batch, time, num_states
@@ -147,7 +149,8 @@ class LogPartition(Function):
     @staticmethod
     def forward(ctx, initial, transition, emission, lengths, final):
         messages = torch.ops.hmm_speech.forward(initial, transition, emission, lengths, final)
-        ctx.save_for_backward(initial, transition, emission, lengths, final, *messages)
+        # What is returned may be changed in place; what is saved may not.
+        ctx.save_for_backward(initial, transition, emission, lengths, final, messages[0].clone(), *messages[1:])
         return messages[0]
 
     @staticmethod
@@ -206,6 +209,8 @@ def posterior(grad, initial, transition, emission, lengths, final, edges: bool) 
         if emission is None:
             emission = transition.new_zeros(lengths.shape[0], reference.frames(transition, None), transition.shape[-1])
         tracked = [x if x.requires_grad else x.detach().requires_grad_() for x in (emission, transition)]
+        if not emission.shape[1]:  # no frames: log Z depends on nothing
+            return torch.zeros_like(emission), torch.zeros_like(transition) if edges else transition.new_empty(0)
         z = reference.log_partition(initial, tracked[1], tracked[0], lengths, final)
         found = torch.autograd.grad(
             (z * grad).sum(), tracked if edges else tracked[:1], create_graph=True, allow_unused=True

@@ -30,7 +30,7 @@ def frames(transition: Tensor, emission: Tensor | None) -> int:
 
 def _arcs(transition: Tensor, lengths: Tensor, time: int) -> list[Tensor]:
     """Scores from frame t-1 to t for t = 1..T-1, (N, N) or (B, N, N) each; 0 past the end, whatever they hold."""
-    if transition.dim() < 4:
+    if transition.dim() < 4 or time < 2:
         return [transition] * max(time - 1, 0)
     steps = torch.arange(1, time, device=transition.device)
     inside = (steps < lengths.unsqueeze(-1))[:, :, None, None]
