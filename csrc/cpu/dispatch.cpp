@@ -7,6 +7,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "kernels.h"
 
 namespace {
@@ -56,6 +60,22 @@ std::vector<int64_t> by_falling_length(const hmm_problem &p) {
   return order;
 }
 
+// Asks for huge pages before the first touch of a large fresh output. Faulting in 4 kB pages is otherwise the largest
+// cost of a dense backward pass: its gradient of 240 MB at B=8, T=3000, N=50 takes 60,000 faults.
+void advise_huge_pages(void *data, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t huge = uintptr_t(1) << 21;
+  const uintptr_t begin = (uintptr_t(data) + huge - 1) / huge * huge, end = (uintptr_t(data) + bytes) / huge * huge;
+  if (data && end > begin) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);  // only advice
+#endif
+}
+
+size_t edge_numbers(const hmm_problem &p) {
+  const size_t arcs = size_t(p.states) * size_t(p.states);
+  if (p.time_varying) return p.time > 1 ? size_t(p.batch) * size_t(p.time - 1) * arcs : 0;
+  return p.transition_batch_stride ? size_t(p.batch) * arcs : arcs;
+}
+
 template <class Body> int guarded(const hmm_problem *p, Body body) {
   if (!valid(p)) return HMM_INVALID_ARGUMENT;
   try {
@@ -78,6 +98,7 @@ template <class Body> int guarded(const hmm_problem *p, Body body) {
   int hmm_backward_##suffix(const hmm_problem *p, const Real *grad, const Real *log_partition, const Real *alpha,       \
                             const Real *norm, const Real *centre, const int32_t *method, Real *state, Real *edge) {     \
     return guarded(p, [&] {                                                                                             \
+      if (edge) advise_huge_pages(edge, edge_numbers(*p) * sizeof(Real));                                               \
       return chosen().suffix.backward(*p, by_falling_length(*p).data(), parallel, grad, log_partition, alpha, norm,     \
                                       centre, method, state, edge);                                                     \
     });                                                                                                                 \
