@@ -169,7 +169,7 @@ def bench(threads: int, batch: int, seconds: float, quick: bool, out: Path | Non
     table = Table(
         title=title, caption="milliseconds, medians of paired rounds; ratio: loop / layer, forward + backward"
     )
-    for column in ("arcs", "N", "T", "forward", "backward", "Viterbi", "loop fwd", "loop bwd", "ratio"):
+    for column in ("arcs", "N", "T", "fwd", "bwd", "Viterbi", "loop fwd", "loop bwd", "ratio"):
         table.add_column(column, justify="left" if column == "arcs" else "right")
     found = []
     with Live(table, console=Console(), refresh_per_second=2):
