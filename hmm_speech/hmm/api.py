@@ -7,12 +7,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, ops, reference
+from . import checks, information, ops, reference
 from .library import use_native
 
 
 class Viterbi(NamedTuple):
     """The best path: ``score`` (B,), and ``states`` (B, T) int64, -1 past the end and where no path is feasible."""
+
+    score: Tensor
+    states: Tensor
+
+
+class TopK(NamedTuple):
+    """The k best paths, best first: ``score`` (k, B), -inf where there are fewer paths; ``states`` (k, B, T) int64, -1
+    past the end and for paths that do not exist."""
 
     score: Tensor
     states: Tensor
@@ -98,6 +106,14 @@ class HMM:
         r"""Posteriors :math:`p(z_t = i)`, (B, T, N), 0 past the end (Rabiner 1989, eq. 27). Differentiable."""
         return self._posterior(self.transition.dim(), edges=False)[0]
 
+    def edge_marginals(self) -> Tensor:
+        r"""Posteriors :math:`p(z_t = i, z_{t+1} = j)`, (B, T-1, N, N), 0 past the end (Rabiner 1989, eq. 37).
+
+        Takes the memory of its result; where the sum over time is enough, :meth:`transition_counts` does not.
+        Differentiable.
+        """
+        return self._posterior(4, edges=True)[1]
+
     def transition_counts(self) -> Tensor:
         r"""Expected transitions :math:`\sum_{0<t<L} p(z_{t-1} = i, z_t = j)`, (B, N, N): Rabiner 1989, eq. 39b.
 
@@ -119,6 +135,55 @@ class HMM:
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self._scores):
             score = torch.where(score.isfinite(), self._path_score(states), score)
         return Viterbi(score, states)
+
+    def topk(self, k: int) -> TopK:
+        r"""The k best paths: list Viterbi, :math:`\delta_t(j)` being the k highest scores of paths into j.
+
+        Seshadri and Sundberg 1994, the parallel algorithm. Plain torch on every backend: B T N^2 k operations, B T N k
+        back-pointers. ``score`` is differentiable.
+        """
+        if isinstance(k, bool) or not hasattr(k, "__index__") or k < 1:
+            raise ValueError(f"k: got {k!r}, expected an integer of at least 1")
+        with torch.no_grad():
+            score, states = reference.topk(*self._scores, int(k))
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self._scores):
+            score = torch.stack(
+                [torch.where(s.isfinite(), self._path_score(z), s) for s, z in zip(score, states, strict=True)]
+            )
+        return TopK(score, states)
+
+    def smooth_viterbi(self, temperature: float) -> Tensor:
+        r"""The relaxed maximum :math:`\tau \log \sum_z \exp(s(z) / \tau)`, (B,), for a temperature :math:`\tau > 0`.
+
+        It lies above the Viterbi score and tends to it as the temperature falls; its gradients are the relaxed path
+        (Mensch and Blondel 2018, with the entropy as regulariser).
+        """
+        if not temperature > 0 or temperature == float("inf"):
+            raise ValueError(f"temperature: got {temperature!r}, expected a positive, finite number")
+        cooled = [None if x is None else x / temperature for x in (*self._scores[:3], self._scores[4])]
+        return temperature * HMM(*cooled[:3], self.lengths, cooled[3]).log_partition()
+
+    def entropy(self) -> Tensor:
+        r""":math:`-\sum_z p(z) \log p(z)`, (B,), in nats; 0 where no path is feasible. Exact and differentiable.
+
+        :math:`\log Z - E_p[s(z)]`, whose expectation needs the posteriors alone (Hernando et al. 2005 get the same by a
+        recursion). Computed in float64: the two terms grow with T and cancel.
+        """
+        return self.cross_entropy(self)
+
+    def cross_entropy(self, other: HMM) -> Tensor:
+        r""":math:`-\sum_z p(z) \log q(z)`, (B,), in nats, of this p and another q with the same B, T, N and lengths.
+
+        +inf where q forbids a path that p allows, 0 where p allows none. Exact and differentiable in both.
+        """
+        return information.cross_entropy(self, other)
+
+    def kl_divergence(self, other: HMM) -> Tensor:
+        r""":math:`\sum_z p(z) \log (p(z) / q(z))`, (B,), in nats: ``cross_entropy(other) - entropy()``.
+
+        +inf where q forbids a path that p allows. Exact and differentiable in both.
+        """
+        return information.kl_divergence(self, other)
 
     def sample(self, num_samples: int = 1, generator: torch.Generator | None = None) -> Tensor:
         """Exact samples of paths from the posterior, (S, B, T) int64, -1 past the end and where no path is feasible.
@@ -195,9 +260,12 @@ class HMM:
     def _posterior(self, transition_axes: int, edges: bool) -> tuple[Tensor, Tensor]:
         """State and edge posteriors for transitions expanded to `transition_axes` axes, one block of edges for each."""
         initial, transition, emission, lengths, final = self._scores
-        batch, _, num_states = self._size
-        if transition.dim() < transition_axes:
+        batch, time, num_states = self._size
+        if transition.dim() < transition_axes == 3:
             transition = transition.expand(batch, num_states, num_states).contiguous()
+        elif transition.dim() < transition_axes:
+            per_sequence = transition.expand(batch, num_states, num_states).unsqueeze(1)
+            transition = per_sequence.expand(batch, max(time - 1, 0), num_states, num_states)
         ones = torch.ones(batch, dtype=transition.dtype, device=transition.device)
         scores = (initial, transition, emission, lengths, final)
         if use_native(transition.device.type):

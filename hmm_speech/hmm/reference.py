@@ -107,6 +107,55 @@ def viterbi(initial, transition, emission, lengths, final) -> tuple[Tensor, Tens
     return score, torch.where((score > -INF).unsqueeze(-1), states, -1)
 
 
+def topk(initial, transition, emission, lengths, final, k: int) -> tuple[Tensor, Tensor]:
+    """The k best paths' scores (k, B), best first, and states (k, B, T): list Viterbi.
+
+    delta_t(j) holds the k highest scores of paths that end in j, taken from the N k extensions of those before; a
+    back-pointer is the previous state and its rank. Where there are fewer than k paths, -inf and -1.
+    """
+    batch, num_states, time = lengths.shape[0], transition.shape[-1], frames(transition, emission)
+    device = initial.device
+    states = torch.full((k, batch, time), -1, dtype=torch.int64, device=device)
+    if time == 0:
+        none = torch.full((k, batch), -INF, dtype=initial.dtype, device=device)
+        none[0] = 0
+        return none, states
+    arcs, scores = _arcs(transition, lengths, time), _frame_scores(emission, lengths)
+    delta = torch.full((batch, num_states, k), -INF, dtype=initial.dtype, device=device)
+    offset = torch.zeros(batch, dtype=torch.float64, device=device)
+    pointers = []
+    for t in range(time):
+        if t == 0:
+            new = delta.clone()
+            new[..., 0] = initial.expand(batch, num_states)
+        else:
+            into = arcs[t - 1].expand(batch, num_states, num_states).transpose(1, 2)  # (B, j, i)
+            extensions = (into.unsqueeze(-1) + delta.unsqueeze(1)).flatten(2)  # (B, j, i k)
+            new, pointer = extensions.topk(k, dim=-1)
+            pointers.append(pointer)
+        if scores is not None:
+            new = new + scores[t].unsqueeze(-1)
+        if final is not None:
+            new = torch.where((lengths == t + 1)[:, None, None], new + final.expand(batch, -1).unsqueeze(-1), new)
+        centre = new.amax((1, 2))
+        centre = centre.masked_fill(centre == -INF, 0)
+        running = t < lengths
+        delta = torch.where(running[:, None, None], new - centre[:, None, None], delta)
+        offset = offset + torch.where(running, centre, 0).double()
+    score, place = delta.flatten(1).topk(k, dim=-1)  # place = state * k + rank, as in the pointers
+    found = score > -INF
+    for t in reversed(range(time)):
+        if t + 1 < time:
+            back = pointers[t].flatten(1).gather(1, place)
+            place = torch.where((t + 1 < lengths).unsqueeze(-1), back, place)
+        states[:, :, t] = torch.where((t < lengths).unsqueeze(-1) & found, place // k, -1).T
+    empty = lengths == 0  # one path, the empty one
+    total = torch.where(found, offset.unsqueeze(-1) + score, -INF)
+    total = torch.where(empty.unsqueeze(-1), torch.full_like(total, -INF), total)
+    total[:, 0] = torch.where(empty, 0, total[:, 0])
+    return total.T.to(initial.dtype), states
+
+
 def sample(initial, transition, emission, lengths, final, uniform: Tensor) -> Tensor:
     """Paths drawn from the posterior, (S, B, T), by forward filtering, backward sampling (Scott 2002, section 2.1).
 

@@ -36,6 +36,17 @@ def test_column_offsets_that_emissions_cancel(offset):
     assert backend().redone == before
 
 
+def test_a_state_that_cannot_be_reached_may_overflow():
+    """Going backward, the score of a state that emissions favour but no path reaches grows without bound."""
+    transition = torch.full((2, 2), -math.inf).fill_diagonal_(0)
+    emission = torch.zeros(1, 80, 2)
+    emission[..., 1] = 5
+    initial = torch.tensor([0.0, -math.inf])
+    before = backend().redone
+    compare({"initial": initial, "transition": transition, "emission": emission, "lengths": None, "final": None})
+    assert backend().redone == before
+
+
 @pytest.mark.parametrize("states", [20, 50, 128])
 def test_benign_long_sequences_stay_on_the_fast_path(states):
     arguments = problem(8, 400, states, "shared", 1, torch.float32, lengths="full")
