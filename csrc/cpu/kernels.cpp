@@ -2,8 +2,7 @@
 // everything else has internal linkage, so that the linker cannot mix code of different instruction sets.
 #include "kernels.h"
 
-#include "log_space.h"
-#include "scaled.h"
+#include "redo.h"
 #include "viterbi.h"
 
 namespace {
@@ -44,13 +43,6 @@ struct Status {
   void out_of_memory() { __atomic_store_n(&status, int(HMM_OUT_OF_MEMORY), __ATOMIC_RELAXED); }
 };
 
-// The exact forward pass in float64 of a sequence that its scaled pass could not certify.
-struct Redo {
-  Scratch<double> alpha, norm, centre, rows;
-  Redo(int64_t L, int64_t N) : alpha(L * N), norm(L * N), centre(L), rows(3 * round_up(N, 4 * kLanes<double>)) {}
-  bool allocated() const { return alpha.data && norm.data && centre.data && rows.data; }
-};
-
 template <class Real> struct Forward : Status {
   const hmm_problem &p;
   Grouping grouping;
@@ -69,6 +61,7 @@ template <class Real> struct Forward : Status {
     if (p.time_varying) return log_space(worker, workers);
     Scratch<Real> rows(kGroupRows * round_up(p.states, kPanel<Real>));
     if (!rows.data) return out_of_memory();
+    Redo<Real> redo(p);
     int64_t at = 0;
     for (int64_t k = 0; at < p.batch; k++) {
       const Group group = grouping.group(at);
@@ -80,8 +73,15 @@ template <class Real> struct Forward : Status {
         if (!own.allocated()) return out_of_memory();
         scaled(own, group, rows);
       }
-      for (int m = 0; m < group.size; m++)
-        if (method[group.index[m]] == HMM_LOG_SPACE && !redo(group.index[m])) return out_of_memory();
+      for (int m = 0; m < group.size; m++) {
+        const int64_t b = group.index[m];
+        if (method[b] != HMM_REDONE) continue;
+        double z;
+        if (!redo.forward(b, z)) return out_of_memory();
+        log_partition[b] = Real(z);
+        clear(alpha + b * p.time * p.states, p.lengths[b] * p.states);  // of no use, but the same bits every time
+        clear(centre + b * p.time, p.lengths[b]);
+      }
     }
   }
 
@@ -93,17 +93,7 @@ template <class Real> struct Forward : Status {
   void scaled(const Arcs<Real> &arcs, const Group &group, Real *rows) {
     if (arcs.usable) forward_group(p, arcs, group, rows, log_partition, alpha, centre, method);
     else
-      for (int m = 0; m < group.size; m++) method[group.index[m]] = HMM_LOG_SPACE;
-  }
-
-  bool redo(int64_t b) {
-    const Sequence<Real> q(p, b);
-    const Redo exact(q.length, p.states);
-    if (!exact.allocated()) return false;
-    log_partition[b] = Real(forward_log_space<Real, double>(q, exact.alpha, exact.norm, exact.centre, exact.rows));
-    for (int64_t k = 0; k < q.length * p.states; k++) alpha[b * p.time * p.states + k] = Real(exact.alpha[k]);
-    clear(centre + b * p.time, q.length);  // of no use to anyone, but the same bits every time
-    return true;
+      for (int m = 0; m < group.size; m++) method[group.index[m]] = HMM_REDONE;
   }
 
   void log_space(int worker, int workers) {
@@ -138,16 +128,17 @@ template <class Real> struct Backward : Status {
     if (p.time_varying) return log_space(worker, workers);
     Scratch<Real> rows((2 * kGroup + 3) * round_up(N, kPanel<Real>));
     if (!rows.data) return out_of_memory();
+    Redo<Real> redo(p);
     if (shared) {
       Real *mine = edge ? partial + worker * N * N : nullptr;
-      if (!groups(worker, workers, rows, mine)) out_of_memory();
+      if (!groups(worker, workers, rows, mine, redo)) out_of_memory();
       return;
     }
     for (int64_t b = worker; b < p.batch; b += workers) {
       Real *mine = edge ? edge + b * N * N : nullptr;
       if (mine) clear(mine, N * N);
-      if (method[b] == HMM_LOG_SPACE) {
-        if (!redo(b, mine)) return out_of_memory();
+      if (method[b] == HMM_REDONE) {
+        if (!redo.backward(b, grad[b], state + b * p.time * N, mine)) return out_of_memory();
         continue;
       }
       const Arcs<Real> own(Sequence<Real>(p, b).transition, N, p.time, true);
@@ -160,7 +151,7 @@ template <class Real> struct Backward : Status {
     }
   }
 
-  bool groups(int worker, int workers, Real *rows, Real *mine) {
+  bool groups(int worker, int workers, Real *rows, Real *mine, Redo<Real> &redo) {
     Counts<Real> counts(mine ? p.states : 0, grad, p.batch);
     if (!counts.allocated()) return false;
     int64_t at = 0;
@@ -171,8 +162,8 @@ template <class Real> struct Backward : Status {
       Group scaled;
       for (int m = 0; m < all.size; m++) {
         const int64_t b = all.index[m];
-        if (method[b] == HMM_LOG_SPACE) {
-          if (!redo(b, mine)) return false;
+        if (method[b] == HMM_REDONE) {
+          if (!redo.backward(b, grad[b], state + b * p.time * p.states, mine)) return false;
           continue;
         }
         if (grad[b] == 0) {
@@ -185,21 +176,6 @@ template <class Real> struct Backward : Status {
       if (scaled.size) backward_group(p, *shared, scaled, rows, grad, alpha, centre, state, mine ? &counts : nullptr);
     }
     if (mine) counts.finish(*shared, mine);
-    return true;
-  }
-
-  bool redo(int64_t b, Real *mine) {
-    const Sequence<Real> q(p, b);
-    const int64_t N = p.states;
-    const Redo exact(q.length, N);
-    const Scratch<double> edges(mine ? N * N : 0);
-    if (!exact.allocated() || !edges.data) return false;
-    double z = forward_log_space<Real, double>(q, exact.alpha, exact.norm, exact.centre, exact.rows);
-    backward_log_space(q, double(grad[b]), z, (const double *)exact.alpha, (const double *)exact.norm,
-                       (const double *)exact.centre, state + b * p.time * N, mine ? (double *)edges : nullptr, 0,
-                       (double *)exact.rows);
-    if (mine)
-      for (int64_t k = 0; k < N * N; k++) mine[k] += Real(edges[k]);
     return true;
   }
 
@@ -292,6 +268,14 @@ template <class Real> struct Sample : Status {
   const int32_t *method;
   int64_t *states;
   explicit Sample(const hmm_problem &problem) : p(problem) {}
+
+  static bool log_messages(const Sequence<Real> &q, Real *alpha) {
+    const LogMessages<Real> exact(q);
+    if (!exact.allocated()) return false;
+    for (int64_t k = 0; k < q.length * q.states; k++) alpha[k] = Real(exact.alpha[k]);
+    return true;
+  }
+
   void operator()(int worker, int workers) {
     const FlushToZero flush;
     const int64_t N = p.states;
@@ -302,13 +286,15 @@ template <class Real> struct Sample : Status {
       if (!p.time_varying && p.time > 1 && (b == worker || p.transition_batch_stride))
         for (int64_t i = 0; i < N; i++)
           for (int64_t j = 0; j < N; j++) columns[j * N + i] = q.transition[i * N + j];
-      const bool feasible = log_partition[b] - log_partition[b] == 0;
+      const bool feasible = log_partition[b] - log_partition[b] == 0, redone = feasible && method[b] == HMM_REDONE;
+      Scratch<Real> messages(redone ? q.length * N : 0);
+      if (!messages.data || (redone && !log_messages(q, messages))) return out_of_memory();
       for (int64_t s = 0; s < samples; s++) {
         int64_t *path = states + (s * p.batch + b) * p.time;
         for (int64_t t = feasible ? q.length : 0; t < p.time; t++) path[t] = -1;
         if (feasible)
-          sample_sequence(q, method[b] == HMM_SCALED, alpha + b * p.time * N, p.time_varying ? nullptr : (Real *)columns,
-                          uniform + (s * p.batch + b) * p.time, path, (Real *)rows);
+          sample_sequence(q, method[b] == HMM_SCALED, redone ? (const Real *)messages : alpha + b * p.time * N,
+                          p.time_varying ? nullptr : (Real *)columns, uniform + (s * p.batch + b) * p.time, path, (Real *)rows);
       }
     }
   }

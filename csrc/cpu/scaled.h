@@ -199,7 +199,7 @@ void forward_group(const hmm_problem &p, const Arcs<Real> &arcs, const Group &gr
     }
   }
   for (int m = 0; m < group.size; m++) {
-    method[group.index[m]] = flag[m] ? HMM_LOG_SPACE : HMM_SCALED;
+    method[group.index[m]] = flag[m] ? HMM_REDONE : HMM_SCALED;
     if (group.length[m] == 0) log_partition[group.index[m]] = 0;
   }
 }

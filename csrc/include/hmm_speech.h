@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-#define HMM_ABI_VERSION 1
+#define HMM_ABI_VERSION 2
 #define HMM_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -23,8 +23,9 @@ extern "C" {
 
 enum hmm_status { HMM_OK = 0, HMM_INVALID_ARGUMENT = 1, HMM_OUT_OF_MEMORY = 2 };
 
-/* How a sequence's messages were computed; see csrc/cpu/scaled.h. */
-enum hmm_method { HMM_SCALED = 0, HMM_LOG_SPACE = 1 };
+/* How a sequence was computed: by scaled probabilities, certified exact; again in float64, since they could not be
+ * certified (csrc/cpu/scaled_arcs.h, redo.h); or in log space, as time-varying transitions are. */
+enum hmm_method { HMM_SCALED = 0, HMM_REDONE = 1, HMM_LOG_SPACE = 2 };
 
 typedef struct hmm_problem {
   int64_t batch, time, states;  /* B, T, N */
@@ -44,8 +45,8 @@ typedef struct hmm_problem {
 /* Forward algorithm.
  *   log_partition (B,), alpha (B, T, N), norm (B, T, N), centre (B, T), method (B,) out.
  * HMM_SCALED: alpha is proportional to p(z_t | x_0..t), its sum in [2^18, 2^31), and centre is the frame's largest
- * score. HMM_LOG_SPACE: alpha holds log messages whose maximum is 0. Where time_varying is 1, norm + centre is the
- * log-sum over the previous state, before emission; where it is 0, norm is not used and may be NULL.
+ * score. HMM_REDONE: both hold zeros. HMM_LOG_SPACE: alpha holds log messages whose maximum is 0, and norm + centre is
+ * the log-sum over the previous state, before emission. Where time_varying is 0, norm is not used and may be NULL.
  */
 HMM_API int hmm_forward_f32(const hmm_problem *, float *log_partition, float *alpha, float *norm, float *centre, int32_t *method);
 HMM_API int hmm_forward_f64(const hmm_problem *, double *log_partition, double *alpha, double *norm, double *centre, int32_t *method);

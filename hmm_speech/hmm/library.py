@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 REBUILD = "rebuild it with `pip install -e .` (or `pip install .`) in the clone; it needs a C++20 compiler"
 _SUFFIX = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
 _FILE = f"libhmm_speech.{_SUFFIX}"
@@ -95,7 +95,7 @@ def load() -> Library:
 
 class Backend(NamedTuple):
     """What runs the layer. ``redone`` counts the sequences of this process that the scaled kernels could not certify
-    and that were therefore computed again in log space (csrc/cpu/scaled_arcs.h)."""
+    and that were therefore computed again in float64 (csrc/cpu/scaled_arcs.h, redo.h)."""
 
     name: str
     detail: str

@@ -80,7 +80,7 @@ def _forward(initial, transition, emission, lengths, final):
     method = call.empty(batch, dtype=torch.int32)
     call("forward", log_partition, alpha, norm, centre, method)
     if not call.time_varying:
-        library.count_redone(int(method.count_nonzero()))
+        library.count_redone(int(method.count_nonzero()))  # HMM_REDONE; HMM_SCALED is 0
     return log_partition, alpha, norm, centre, method
 
 

@@ -110,6 +110,15 @@ def test_score_and_log_prob_of_every_path():
             close(hmm.log_prob(states)[b].exp(), torch.tensor(probability, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_ties_go_to_the_smallest_state(backend, kind):
+    arguments = problem(2, 4, 3, kind, 1, scale=0.0)
+    arguments["lengths"] = torch.tensor([4, 2])
+    with use_backend(backend):
+        assert HMM(**arguments).viterbi().states.tolist() == [[0, 0, 0, 0], [0, 0, -1, -1]]
+
+
 def test_viterbi_score_is_differentiable():
     arguments = problem(2, 4, 3, seed=3, lengths="full")
     arguments["emission"].requires_grad_()

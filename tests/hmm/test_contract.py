@@ -230,3 +230,45 @@ def test_the_seed_example():
     # Marginals of the edges sum to one a frame within the length, and to nothing past it.
     mass = -potential.grad.sum((2, 3))
     torch.testing.assert_close(mass, (torch.arange(5) < lengths[:, None]).float())
+
+
+def gaussian_chain(labels, substates, batch, time, gap):
+    """Frames drawn from a chain of left-to-right labels with Gaussian emissions: benign, yet beyond float32's range."""
+    g = torch.Generator().manual_seed(0)
+    states = labels * substates
+    k = torch.arange(states)
+    last, first = k % substates == substates - 1, k % substates == 0
+    arcs = (
+        torch.eye(states, dtype=torch.bool) | (~last[:, None] & (k[None] == k[:, None] + 1)) | (last[:, None] & first)
+    )
+    transition = torch.randn(states, states, generator=g).masked_fill(~arcs, -INF).log_softmax(-1)
+    initial = torch.zeros(states).masked_fill(~first, -INF).log_softmax(-1)
+    means = torch.randn(states, 13, generator=g) * gap
+    path = torch.randint(0, states, (batch, time), generator=g)
+    frames = means[path] + torch.randn(batch, time, 13, generator=g)
+    emission = -0.5 * ((frames[:, :, None] - means) ** 2).sum(-1)
+    lengths = torch.randint(1, time + 1, (batch,), generator=g)
+    return {"initial": initial, "transition": transition, "emission": emission, "lengths": lengths, "final": None}
+
+
+@pytest.mark.parametrize("gap", [1.0, 3.0, 10.0])
+@pytest.mark.parametrize("kind", ["shared", "per-sequence"])
+def test_gaussian_chains(gap, kind):
+    """What float32 cannot certify is redone in float64, scaled where 666 nats are enough and in log space beyond."""
+    arguments = gaussian_chain(6, 3, 5, 40, gap)
+    if kind == "per-sequence":
+        arguments["transition"] = arguments["transition"].expand(5, -1, -1).clone()
+    before = backend().redone
+    compare(arguments)
+    assert (backend().redone > before) == (gap > 1)
+
+
+@pytest.mark.parametrize("gap", [3.0, 10.0])
+def test_samples_of_redone_sequences_are_feasible_and_follow_the_marginals(gap):
+    arguments = gaussian_chain(3, 2, 4, 20, gap)
+    hmm = HMM(**arguments)
+    samples = hmm.sample(2000, generator=torch.Generator().manual_seed(0))
+    share = torch.nn.functional.one_hot(samples.clamp(min=0), 6).float() * (samples >= 0).unsqueeze(-1)
+    # 2,000 draws: five standard errors of a share are at most 5 * 0.5 / sqrt(2000).
+    torch.testing.assert_close(share.mean(0), hmm.marginals(), atol=0.056, rtol=0)
+    assert hmm.score(samples[0]).isfinite().all()
