@@ -184,7 +184,7 @@ void forward_group(const hmm_problem &p, const Arcs<Real> &arcs, const Group &gr
     else if (running > 1) forward_step<2, Real>(arcs, previous, w, out, total, flag);
     else forward_step<1, Real>(arcs, previous, w, out, total, flag);
     for (int m = 0; m < running; m++) {
-      if (!(total[m] >= arcs.least_sum)) {  // infeasible, lost or NaN: log space tells which
+      if (!(total[m] >= arcs.least_sum)) {  // infeasible, lost or NaN: redo.h tells which
         flag[m] = true;
         continue;
       }
