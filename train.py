@@ -28,12 +28,11 @@ def train(config: dict, run: Path) -> None:
     from lightning.pytorch.loggers import Logger
 
     from hmm_speech.callbacks import AtomicCheckpointIO
-    from hmm_speech.module import SpeechHMM, read_checkpoint
-    from hmm_speech.report import quiet, report_run, save_config
+    from hmm_speech.checkpoint import check_resume
+    from hmm_speech.module import SpeechHMM
+    from hmm_speech.report import announce, quiet, report_run, resumable, save_config
 
     quiet()
-    if config["ckpt_path"] is not None:
-        read_checkpoint(config["ckpt_path"])  # so that a wrong file is told now
     seed_everything(config["seed"], workers=True)
 
     data = instantiate(config["data"], kind=LightningDataModule, allowed=allowed, where="data")
@@ -46,8 +45,11 @@ def train(config: dict, run: Path) -> None:
         optimizer=config["optimizer"],
         frames_per_batch=data.frames_per_batch,
         seed=config["seed"],
+        quantizer=data.corpus.made.get("quantizer"),
         allowed=allowed,
     )
+    if config["ckpt_path"] is not None:
+        check_resume(config["ckpt_path"], module)  # so that a wrong file is told now
     callbacks = instantiate_all(config["callbacks"], kind=Callback, allowed=allowed, where="callbacks")
     loggers = instantiate_all(config["logger"], kind=Logger, allowed=allowed, where="logger")
     trainer = instantiate(
@@ -62,8 +64,10 @@ def train(config: dict, run: Path) -> None:
     )
     if trainer.is_global_zero:
         save_config(config, run)
+        announce(module, data, run)
 
-    trainer.fit(module, data, ckpt_path=config["ckpt_path"], weights_only=True)
+    with resumable(trainer, run):
+        trainer.fit(module, data, ckpt_path=config["ckpt_path"], weights_only=True)
 
     best = None if trainer.fast_dev_run else str(run / "checkpoints" / "best.ckpt")
     trainer.test(module, data, ckpt_path=best, weights_only=True, verbose=False)

@@ -39,7 +39,7 @@ def decode(
 ) -> None:
     """Write the Viterbi states of every utterance: labels, segments in seconds, and log-likelihoods."""
     from hmm_speech import inference
-    from hmm_speech.module import load
+    from hmm_speech.checkpoint import load
 
     if format not in inference.FORMATS:
         raise UserError(f"--format: got {format!r}, expected one of {', '.join(inference.FORMATS)}")
@@ -47,7 +47,7 @@ def decode(
     corpus = inference.read_corpus(module, file)
     utterances = corpus.utterances if split is None else corpus.split(split)
     if not utterances:
-        raise UserError(f"{file}: no utterance in the split {split!r}; expected train, valid or test")
+        raise UserError(f"{file}: no utterance in the split {split!r}")
     decoded = list(inference.decode(module, utterances))
     if format == "parquet":
         inference.write_parquet(decoded, corpus, out / "decoded.parquet")
@@ -67,11 +67,13 @@ def evaluate(
     import tempfile
 
     from hmm_speech import inference
+    from hmm_speech.checkpoint import load
     from hmm_speech.evaluate.html import write_html
     from hmm_speech.evaluate.report import print_metrics, to_json
-    from hmm_speech.module import load
     from hmm_speech.report import draw_figures
 
+    if out is not None and out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out: got {out}, expected the name of a report ending in .html")
     module = load(checkpoint)
     corpus = inference.read_corpus(module, file)
     metrics = inference.evaluate(module, corpus)
@@ -97,8 +99,8 @@ def sample(
 ) -> None:
     """Make up utterances of units; in a unit file, the labels that produced them stand where phones do."""
     from hmm_speech import inference
+    from hmm_speech.checkpoint import load
     from hmm_speech.data.unitfile import write_units
-    from hmm_speech.module import load
 
     corpus = inference.sample(load(checkpoint), num, frames, frame_rate, seed)
     if out is not None:

@@ -137,13 +137,17 @@ def check_run(config: Mapping[str, Any], mode: Any) -> tuple[str, ...]:
     """Refuse what could not work before anything heavy is imported; returns the allowed packages.
 
     Raises:
-        UserError: a ``_target_`` lies outside ``allow_targets``, or a multirun would start processes of its own.
+        UserError: a ``_target_`` lies outside ``allow_targets``, max_epochs is no number of epochs, or a multirun would
+            start processes of its own.
     """
     allowed = config["allow_targets"]
     if not isinstance(allowed, list) or not all(isinstance(name, str) and name for name in allowed):
         raise UserError(f"allow_targets is {allowed!r}; expected a list of package names")
     check_targets({key: value for key, value in config.items() if key != "allow_targets"}, allowed)
     trainer = config["trainer"]
+    epochs = trainer.get("max_epochs")
+    if epochs is not None and (not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1):
+        raise UserError(f"trainer.max_epochs is {epochs!r}; expected a positive integer")
     if getattr(mode, "name", None) == "MULTIRUN" and "ddp" in str(trainer.get("strategy")):
         raise UserError(
             "--multirun with trainer.strategy=ddp: the processes that DDP starts would run the sweep themselves. "

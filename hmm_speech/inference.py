@@ -48,6 +48,13 @@ def read_corpus(module: SpeechHMM, path: str | PathLike[str]) -> UnitCorpus:
             f"{path}: has a vocabulary of {corpus.vocabulary} units, the model was trained on {vocabulary}; make the "
             "units with the quantizer of the model's data (hmm-speech units --quantizer)"
         )
+    made = module.hparams.get("quantizer"), corpus.made.get("quantizer")
+    if None not in made and made[0] != made[1]:
+        raise UserError(
+            f"{path}: its units were made by quantizer {made[1]}, those that the model was trained on by {made[0]}, so "
+            "they do not mean the same; make the units with the quantizer of the model's data (hmm-speech units "
+            "--quantizer)"
+        )
     return corpus
 
 

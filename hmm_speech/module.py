@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
-import pickle
 from collections.abc import Mapping, Sequence
-from os import PathLike
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +16,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from hmm_speech.configuration import ALLOWED_TARGETS, instantiate
 from hmm_speech.data.batching import Batch
-from hmm_speech.errors import UserError
 from hmm_speech.hmm import HMM
 from hmm_speech.nn.blocks import LogTable
 from hmm_speech.nn.topology import Topology
@@ -49,6 +45,7 @@ class SpeechHMM(LightningModule):
         optimizer: ``{_target_, ..., schedule: {_target_, ...} or None}``; not needed for inference.
         frames_per_batch: the loss is the batch's negative log-likelihood in bits over this constant, so that every
             frame of the corpus weighs the same, whatever batch it falls into.
+        quantizer: fingerprint of what made the units, where known: others of the same number mean something else.
         seed: of dropout, which draws from (seed, epoch, batch, process), so that a resumed run repeats a whole one.
         allowed: packages from which ``_target_`` may come.
 
@@ -65,6 +62,7 @@ class SpeechHMM(LightningModule):
         optimizer: Mapping[str, Any] | None = None,
         frames_per_batch: float = 1.0,
         seed: int = 0,
+        quantizer: str | None = None,
         allowed: Sequence[str] = ALLOWED_TARGETS,
     ) -> None:
         super().__init__()
@@ -161,39 +159,3 @@ class SpeechHMM(LightningModule):
             schedule, optimizer, kind=LRScheduler, allowed=self.allowed, where="optimizer.schedule", **total
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def load(checkpoint: str | PathLike[str], allowed: Sequence[str] = ALLOWED_TARGETS) -> SpeechHMM:
-    """The model of a checkpoint, on the CPU and in evaluation mode.
-
-    Opening a file runs no code of its own: it is read with ``weights_only=True``, and its modules may only be classes
-    of the ``allowed`` packages.
-
-    Raises:
-        UserError: there is no such file, it is no checkpoint of this package, or a class in it is not allowed.
-    """
-    content = read_checkpoint(checkpoint)
-    values = {k: v for k, v in content["hyper_parameters"].items() if k in inspect.signature(SpeechHMM).parameters}
-    try:
-        module = SpeechHMM(**values, allowed=allowed)
-        module.load_state_dict(content["state_dict"])
-    except (TypeError, RuntimeError) as error:
-        raise UserError(f"{checkpoint}: does not fit this version of hmm_speech: {error}") from error
-    return module.eval()
-
-
-def read_checkpoint(checkpoint: str | PathLike[str]) -> dict[str, Any]:
-    """The plain content of a checkpoint file, on the CPU; see :func:`load`."""
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{checkpoint}: no such file; expected a run's checkpoints/best.ckpt or last.ckpt") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{checkpoint}: is no checkpoint that can be opened safely ({reason})") from error
-    if not isinstance(content, dict) or not {"state_dict", "hyper_parameters"} <= content.keys():
-        raise UserError(f"{checkpoint}: is no checkpoint of hmm_speech: it holds no state_dict and hyper_parameters")
-    return content
-
-
-__all__ = ["SpeechHMM", "TestResult", "load", "read_checkpoint"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import logging
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,9 @@ from omegaconf import OmegaConf
 from hmm_speech.data.unitfile import UnitCorpus, atomic_path
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from hmm_speech.data.datamodule import UnitDataModule
     from hmm_speech.module import SpeechHMM, TestResult
 
 
@@ -32,6 +37,33 @@ def quiet() -> None:
         ".*isinstance.treespec, LeafSpec.*",
     ):
         warnings.filterwarnings("ignore", message)
+
+
+def announce(module: SpeechHMM, data: UnitDataModule, run: Path) -> None:
+    """Say what is trained on what, and where it goes, before anything takes time; to the run's log, too."""
+    corpus = data.corpus
+    splits = " / ".join(str(len(corpus.split(name))) for name in ("train", "valid", "test"))
+    topology = module.topology
+    logger = logging.getLogger("train")
+    logger.info("%s: %s utterances (train / valid / test), %d units", data.source, splits, corpus.vocabulary)
+    states = f"{topology.labels} labels x {topology.substates} states"
+    logger.info("%s, %s parameters", states, f"{module.num_parameters():,}")
+    logger.info("run folder: %s", run)
+
+
+@contextlib.contextmanager
+def resumable(trainer: Trainer, run: Path) -> Iterator[None]:
+    """Around fit: an interrupted run says how it goes on, and ends with 130."""
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt):
+        if not trainer.interrupted:
+            raise
+        last = run / "checkpoints" / "last.ckpt"
+        if trainer.is_global_zero and last.exists():
+            print(f"\nstopped; go on with: python train.py ckpt_path={last} hydra.run.dir={run}", file=sys.stderr)
+            print("(and the same overrides as before)", file=sys.stderr)
+        sys.exit(130)
 
 
 def save_config(config: Mapping[str, Any], run: Path) -> None:

@@ -40,6 +40,11 @@ class UnitDataModule(LightningDataModule):
                 )
         return corpus
 
+    @property
+    def source(self) -> str:
+        """Where the corpus comes from, for people."""
+        return str(self.path)
+
     def read(self) -> UnitCorpus:
         """The corpus; a subclass may take it from elsewhere."""
         return read_units(Path(self.path).expanduser())
@@ -97,6 +102,10 @@ class SyntheticDataModule(UnitDataModule):
     ) -> None:
         super().__init__(path, batch_size, num_workers, seed)
         self.sizes = (utterances, frames, vocabulary, labels)
+
+    @property
+    def source(self) -> str:
+        return "a synthetic corpus"
 
     def read(self) -> UnitCorpus:
         return sample_corpus(*self.sizes, seed=self.seed)

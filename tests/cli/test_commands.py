@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -115,8 +117,8 @@ def test_samples_follow_the_model(trained):
     """Unigram of many samples beside the model's own marginal of the second frame, exact by summing over states."""
     import torch
 
+    from hmm_speech.checkpoint import load
     from hmm_speech.inference import sample
-    from hmm_speech.module import load
 
     model = load(trained[0] / "checkpoints/best.ckpt")
     drawn = np.stack([u.units for u in sample(model, 20_000, 2, seed=1).utterances])
@@ -147,11 +149,71 @@ def test_mistakes_are_told_without_a_traceback(trained, tmp_path):
             ("decode", checkpoint, units, "--out", tmp_path, "--split", "dev"),
             "split: got 'dev', expected one of train, valid, test",
         ),
+        (("evaluate", checkpoint, units, "--out", tmp_path / "r.pdf"), "expected the name of a report ending in .html"),
         (("sample", checkpoint, "--num", 0), "--num: got 0"),
         (("bench", "--threads", 0), "--threads: got 0"),
     ):
         done = main(*arguments)
         assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_units_of_another_quantizer_are_refused(tmp_path):
+    """The same number of units, but not the same units: scores would be nonsense without a word."""
+    from types import SimpleNamespace
+
+    from hmm_speech.inference import read_corpus
+
+    corpus = sample_corpus(6, 10, 7, 2, seed=0)
+    corpus.made["quantizer"] = "aaaa"
+    write_units(corpus, tmp_path / "units.parquet")
+    for known, refused in (("bbbb", True), ("aaaa", False), (None, False)):
+        model = SimpleNamespace(hparams={"quantizer": known, "vocabulary": 7})
+        model.hparams = type("Values", (dict,), {"__getattr__": dict.__getitem__})(model.hparams)
+        if refused:
+            with pytest.raises(UserError, match=r"made by quantizer aaaa, .* by bbbb"):
+                read_corpus(model, tmp_path / "units.parquet")
+        else:
+            assert len(read_corpus(model, tmp_path / "units.parquet").utterances) == 6
+
+
+def test_a_model_does_not_go_on_from_another(trained):
+    command = [sys.executable, str(ROOT / "train.py"), f"data.path={trained[1]}", "topology.labels=5"]
+    command.append(f"ckpt_path={trained[0] / 'checkpoints/last.ckpt'}")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "cannot be resumed" in done.stderr and "Traceback" not in done.stderr
+    assert "'labels': 4" in done.stderr and "'labels': 5" in done.stderr
+
+
+def test_an_interrupted_run_says_how_it_goes_on(trained, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), f"data.path={trained[1]}", f"hydra.run.dir={tmp_path / 'run'}"]
+    command += [
+        "topology.labels=4",
+        "trainer.max_epochs=100000",
+        "callbacks.progress=null",
+        "callbacks.early_stopping=null",
+    ]
+    command += ["trainer.enable_progress_bar=false"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        for _ in range(1200):
+            if (tmp_path / "run/checkpoints/last.ckpt").exists():
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, stdout + stderr
+    assert f"ckpt_path={tmp_path / 'run/checkpoints/last.ckpt'} hydra.run.dir={tmp_path / 'run'}" in stderr
+    log = (tmp_path / "run/train.log").read_text()
+    assert "units.parquet: " in log and "4 labels x 3 states" in log and f"run folder: {tmp_path / 'run'}" in log
+
+
+@pytest.mark.parametrize("epochs", ["abc", "0", "-1"])
+def test_a_number_of_epochs_is_checked_first(epochs):
+    command = [sys.executable, str(ROOT / "train.py"), f"trainer.max_epochs={epochs}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "trainer.max_epochs is" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_bench_measures_and_writes(tmp_path):

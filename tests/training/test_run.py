@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from hmm_speech.callbacks import ClusterInitialisation
+from hmm_speech.checkpoint import load
 from hmm_speech.configuration import CLONE
 from hmm_speech.data.datamodule import SyntheticDataModule
 from hmm_speech.errors import UserError
-from hmm_speech.module import SpeechHMM, load
+from hmm_speech.module import SpeechHMM
 
 Train = Callable[..., None]
 
