@@ -1,5 +1,6 @@
 // The C interface: checks sizes, picks the instruction set once, sorts the batch by length, runs threads.
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -33,17 +34,21 @@ const InstructionSet &chosen() {
   return *set;
 }
 
-// Threads live for one call: starting one takes about 10 us, and nothing is left that a fork could break.
+// Threads live for one call: starting one takes about 10 us, and nothing is left that a fork could break. Each share of the
+// work is claimed by whichever thread is free, so that a thread that the system starts late (torch's own threads spin for
+// milliseconds after their work) costs no more than its help. Who computes a share does not change its numbers.
 void parallel(int workers, void (*body)(void *, int, int), void *context) {
+  std::atomic<int> next{0};
+  const auto work = [&] {
+    for (int worker; (worker = next.fetch_add(1, std::memory_order_relaxed)) < workers;) body(context, worker, workers);
+  };
   std::vector<std::thread> others;
   others.reserve(workers);
-  int started = 1;
   try {
-    for (; started < workers; started++) others.emplace_back(body, context, started, workers);
-  } catch (...) {  // no thread or no memory to be had: the caller's own thread does the rest
+    for (int k = 1; k < workers; k++) others.emplace_back(work);
+  } catch (...) {  // no thread or no memory to be had: the threads that there are do the rest
   }
-  body(context, 0, workers);
-  for (int worker = started; worker < workers; worker++) body(context, worker, workers);
+  work();
   for (std::thread &t : others) t.join();
 }
 

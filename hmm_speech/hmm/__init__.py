@@ -3,5 +3,20 @@
 from .api import HMM, HMMForward, TopK, Viterbi, log_partition
 from .layer import HMMLayer
 from .library import Backend, backend, use_backend
+from .structures import Active, Banded, Chunked, LowRank
 
-__all__ = ["HMM", "Backend", "HMMForward", "HMMLayer", "TopK", "Viterbi", "backend", "log_partition", "use_backend"]
+__all__ = [
+    "HMM",
+    "Active",
+    "Backend",
+    "Banded",
+    "Chunked",
+    "HMMForward",
+    "HMMLayer",
+    "LowRank",
+    "TopK",
+    "Viterbi",
+    "backend",
+    "log_partition",
+    "use_backend",
+]

@@ -7,8 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, information, ops, reference
-from .library import use_native
+from . import checks, information
+from .active import ActiveChain
+from .banded import BandedChain
+from .chain import Chain, mapped
+from .chunked import ChunkedChain
+from .dense import DenseChain
+from .low_rank import LowRankChain
+from .structures import Active, Banded, Chunked, LowRank, Transition
 
 
 class Viterbi(NamedTuple):
@@ -38,8 +44,10 @@ class HMM:
 
     Args:
         initial: :math:`\pi`, (N,) or (B, N): the score of starting in each state.
-        transition: :math:`\phi`, (N, N), (B, N, N) or (B, T-1, N, N): ``[..., i, j]`` scores i -> j.
-        emission: :math:`e`, (B, T, N): the score of frame t under each state. None only with a 4-D transition.
+        transition: :math:`\phi`, (N, N), (B, N, N) or (B, T-1, N, N): ``[..., i, j]`` scores i -> j. Or a
+            :class:`LowRank`, :class:`Banded` or :class:`Chunked`.
+        emission: :math:`e`, (B, T, N): the score of frame t under each state. Or an :class:`Active`: only K of the
+            states can emit each frame. None only with a 4-D transition.
         lengths: L, (B,) int64, 0..T in any order; None: all T. Frames past a length are ignored whatever they hold (NaN
             too) and get zero gradient. Length 0 has log partition 0.
         final: :math:`f`, (N,) or (B, N), or None: the score of ending in each state.
@@ -65,32 +73,23 @@ class HMM:
     def __init__(
         self,
         initial: Tensor,
-        transition: Tensor,
-        emission: Tensor | None = None,
+        transition: Transition,
+        emission: Tensor | Active | None = None,
         lengths: Tensor | None = None,
         final: Tensor | None = None,
         check: bool = False,
     ):
         self.initial, self.transition, self.emission, self.final = initial, transition, emission, final
-        scores = {"initial": initial, "transition": transition, "emission": emission, "final": final}
-        scores = {name: x for name, x in scores.items() if x is not None or name in ("initial", "transition")}
-        for name, x in scores.items():
-            checks.require_tensor(name, x)
-        device = transition.device
-        for name, x in scores.items():
-            if x.device != device:
-                raise ValueError(f"{name}: on {x.device}, expected {device}, where transition is")
-        dtype = checks.common_dtype(scores)
-        self._size = checks.check_shapes(initial, transition, emission, final)
-        batch, time, self.num_states = self._size
+        scores = checks.score_tensors(initial, transition, emission, final)
+        dtype, device = checks.common_dtype(scores), checks.common_device(scores)
+        batch, time, self.num_states = checks.check_shapes(initial, transition, emission, final)
         self.lengths = checks.check_lengths(lengths, batch, time, device, check)
+        if isinstance(emission, Active):
+            checks.check_active(emission.states, self.lengths, self.num_states, check)
         if check:
-            checks.check_values("initial", initial, None)
-            checks.check_values("transition", transition, self.lengths if transition.dim() == 4 else None, shift=1)
-            checks.check_values("emission", emission, self.lengths)
-            checks.check_values("final", final, None)
-        cast = [None if x is None else x.to(dtype) for x in (initial, transition, emission, final)]
-        self._scores = (cast[0], cast[1], cast[2], self.lengths, cast[3])
+            checks.check_scores(initial, transition, emission, self.lengths, final)
+        cast = [mapped(x, lambda x: x.to(dtype)) for x in (initial, transition, emission, final)]
+        self._chain = _kind(transition, emission)(*cast[:3], self.lengths, cast[3], time)
 
     def log_partition(self) -> Tensor:
         r""":math:`\log Z = \log \sum_z \exp s(z)`, (B,): the log-likelihood where scores are normalised.
@@ -98,13 +97,11 @@ class HMM:
         The forward algorithm (Rabiner 1989, eqs. 19-21), :math:`\alpha_t(j) = e_t(j) + \log \sum_i
         \exp(\alpha_{t-1}(i) + \phi_t(i, j))`. Its gradients are the posteriors below, with an explicit backward pass.
         """
-        if use_native(self.transition.device.type):
-            return ops.LogPartition.apply(*self._scores)
-        return reference.log_partition(*self._scores)
+        return self._chain.log_partition()
 
     def marginals(self) -> Tensor:
         r"""Posteriors :math:`p(z_t = i)`, (B, T, N), 0 past the end (Rabiner 1989, eq. 27). Differentiable."""
-        return self._posterior(self.transition.dim(), edges=False)[0]
+        return self._chain.marginals()
 
     def edge_marginals(self) -> Tensor:
         r"""Posteriors :math:`p(z_t = i, z_{t+1} = j)`, (B, T-1, N, N), 0 past the end (Rabiner 1989, eq. 37).
@@ -112,15 +109,14 @@ class HMM:
         Takes the memory of its result; where the sum over time is enough, :meth:`transition_counts` does not.
         Differentiable.
         """
-        return self._posterior(4, edges=True)[1]
+        return self._chain.edge_marginals()
 
     def transition_counts(self) -> Tensor:
         r"""Expected transitions :math:`\sum_{0<t<L} p(z_{t-1} = i, z_t = j)`, (B, N, N): Rabiner 1989, eq. 39b.
 
         Never forms (B, T, N, N), unless the transition came that way. Differentiable.
         """
-        edges = self._posterior(max(self.transition.dim(), 3), edges=True)[1]
-        return edges.sum(1) if edges.dim() == 4 else edges
+        return self._chain.transition_counts()
 
     def viterbi(self) -> Viterbi:
         r"""The path of the highest score, :math:`\max_z s(z)` (Rabiner 1989, eqs. 32-35); ties: the smallest state.
@@ -128,13 +124,8 @@ class HMM:
         ``score`` is differentiable: its gradients are the indicator of the path.
         """
         with torch.no_grad():
-            if use_native(self.transition.device.type):
-                score, states = torch.ops.hmm_speech.viterbi(*self._scores)
-            else:
-                score, states = reference.viterbi(*self._scores)
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self._scores):
-            score = torch.where(score.isfinite(), self._path_score(states), score)
-        return Viterbi(score, states)
+            score, states = self._chain.viterbi()
+        return Viterbi(self._differentiable(score, states), states)
 
     def topk(self, k: int) -> TopK:
         r"""The k best paths: list Viterbi, :math:`\delta_t(j)` being the k highest scores of paths into j.
@@ -145,12 +136,9 @@ class HMM:
         if isinstance(k, bool) or not hasattr(k, "__index__") or k < 1:
             raise ValueError(f"k: got {k!r}, expected an integer of at least 1")
         with torch.no_grad():
-            score, states = reference.topk(*self._scores, int(k))
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self._scores):
-            score = torch.stack(
-                [torch.where(s.isfinite(), self._path_score(z), s) for s, z in zip(score, states, strict=True)]
-            )
-        return TopK(score, states)
+            score, states = self._chain.topk(int(k))
+        rows = [self._differentiable(s, z) for s, z in zip(score, states, strict=True)]
+        return TopK(torch.stack(rows), states)
 
     def smooth_viterbi(self, temperature: float) -> Tensor:
         r"""The relaxed maximum :math:`\tau \log \sum_z \exp(s(z) / \tau)`, (B,), for a temperature :math:`\tau > 0`.
@@ -160,8 +148,7 @@ class HMM:
         """
         if not temperature > 0 or temperature == float("inf"):
             raise ValueError(f"temperature: got {temperature!r}, expected a positive, finite number")
-        cooled = [None if x is None else x / temperature for x in (*self._scores[:3], self._scores[4])]
-        return temperature * HMM(*cooled[:3], self.lengths, cooled[3]).log_partition()
+        return temperature * self._chain.scaled(1 / temperature).log_partition()
 
     def entropy(self) -> Tensor:
         r""":math:`-\sum_z p(z) \log p(z)`, (B,), in nats; 0 where no path is feasible. Exact and differentiable.
@@ -176,14 +163,14 @@ class HMM:
 
         +inf where q forbids a path that p allows, 0 where p allows none. Exact and differentiable in both.
         """
-        return information.cross_entropy(self, other)
+        return information.cross_entropy(self._chain, _chain_of(other))
 
     def kl_divergence(self, other: HMM) -> Tensor:
         r""":math:`\sum_z p(z) \log (p(z) / q(z))`, (B,), in nats: ``cross_entropy(other) - entropy()``.
 
         +inf where q forbids a path that p allows. Exact and differentiable in both.
         """
-        return information.kl_divergence(self, other)
+        return information.kl_divergence(self._chain, _chain_of(other))
 
     def sample(self, num_samples: int = 1, generator: torch.Generator | None = None) -> Tensor:
         """Exact samples of paths from the posterior, (S, B, T) int64, -1 past the end and where no path is feasible.
@@ -194,13 +181,11 @@ class HMM:
             raise ValueError(f"num_samples: got {num_samples!r}, expected an integer of at least 1")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator: got {type(generator).__name__}, expected a torch.Generator or None")
-        batch, time, _ = self._size
-        scores = [x if x is None else x.detach() for x in self._scores]
-        shape = (int(num_samples), batch, time)
-        uniform = torch.rand(shape, generator=generator, dtype=scores[1].dtype, device=scores[1].device)
-        if use_native(self.transition.device.type):
-            return torch.ops.hmm_speech.sample(*scores, uniform)
-        return reference.sample(*scores, uniform)
+        batch, time, _ = self._chain.size
+        shape, initial = (int(num_samples), batch, time), self._chain.initial
+        uniform = torch.rand(shape, generator=generator, dtype=initial.dtype, device=initial.device)
+        with torch.no_grad():
+            return self._chain.sample(uniform)
 
     def score(self, states: Tensor) -> Tensor:
         """The score of paths, (B,) for states (B, T) int64; what they hold past the end is ignored. Differentiable.
@@ -208,80 +193,51 @@ class HMM:
         Raises:
             ValueError: for a state that is not one of 0..N-1 within the lengths.
         """
-        batch, time, num_states = self._size
+        batch, time, num_states = self._chain.size
         if not isinstance(states, Tensor) or states.dtype != torch.int64:
             raise TypeError(f"states: got {getattr(states, 'dtype', type(states).__name__)}, expected an int64 tensor")
         if tuple(states.shape) != (batch, time):
             raise ValueError(
                 f"states: shape is {checks.shape_of(states)}, expected ({batch}, {time}), one state a frame"
             )
-        if states.device != self.transition.device:
-            raise ValueError(f"states: on {states.device}, expected {self.transition.device}, where transition is")
+        if states.device != self.initial.device:
+            raise ValueError(f"states: on {states.device}, expected {self.initial.device}, where the scores are")
         inside = torch.arange(time, device=states.device) < self.lengths.unsqueeze(-1)
         wrong = inside & ((states < 0) | (states >= num_states))
         if wrong.any():
             b, t = (int(k) for k in wrong.nonzero()[0])
             raise ValueError(f"states: holds {int(states[b, t])} at ({b}, {t}), expected 0 to {num_states - 1}")
-        return self._path_score(states)
+        return self._chain.path_score(states)
 
     def log_prob(self, states: Tensor) -> Tensor:
         """``score(states) - log_partition()``, (B,): the log-probability of given paths."""
         return self.score(states) - self.log_partition()
 
-    def _path_score(self, states: Tensor) -> Tensor:
-        """Scores of paths, summed in float64; states are clamped, so that what is past the end may hold anything."""
-        initial, transition, emission, lengths, final = self._scores
-        batch, time, num_states = self._size
-        total = torch.zeros(batch, dtype=torch.float64, device=states.device)
-        if time == 0:
-            return total.to(transition.dtype)
-        path, rows = states.clamp(0, num_states - 1), torch.arange(batch, device=states.device)
-        steps = torch.arange(time, device=states.device)
-        some = lengths > 0
+    def _differentiable(self, score: Tensor, states: Tensor) -> Tensor:
+        """`score` (B,) of the best paths, as autograd sees it."""
+        if not torch.is_grad_enabled():
+            return score
+        along = self._chain.path_score(states)
+        return torch.where(score.isfinite(), along, score) if along.requires_grad else score
 
-        def add(scores: Tensor, inside: Tensor) -> Tensor:
-            return torch.where(inside, scores, 0).double()
 
-        total = total + add(initial.expand(batch, -1)[rows, path[:, 0]], some)
-        if emission is not None:
-            picked = emission.gather(2, path.unsqueeze(-1)).squeeze(-1)
-            total = total + add(picked, steps < lengths.unsqueeze(-1)).sum(-1)
-        if time > 1:
-            if transition.dim() == 4:
-                arcs = transition[rows[:, None], steps[None, :-1], path[:, :-1], path[:, 1:]]
-            else:
-                arcs = transition.expand(batch, -1, -1)[rows[:, None], path[:, :-1], path[:, 1:]]
-            total = total + add(arcs, steps[1:] < lengths.unsqueeze(-1)).sum(-1)
-        if final is not None:
-            last = path.gather(1, (lengths - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
-            total = total + add(final.expand(batch, -1)[rows, last], some)
-        return total.to(transition.dtype)
+def _kind(transition: Transition, emission: Tensor | Active | None) -> type[Chain]:
+    if isinstance(emission, Active):
+        return ActiveChain
+    kinds = {LowRank: LowRankChain, Banded: BandedChain, Chunked: ChunkedChain}
+    return kinds.get(type(transition), DenseChain)
 
-    def _posterior(self, transition_axes: int, edges: bool) -> tuple[Tensor, Tensor]:
-        """State and edge posteriors for transitions expanded to `transition_axes` axes, one block of edges for each."""
-        initial, transition, emission, lengths, final = self._scores
-        batch, time, num_states = self._size
-        if transition.dim() < transition_axes == 3:
-            transition = transition.expand(batch, num_states, num_states).contiguous()
-        elif transition.dim() < transition_axes:
-            per_sequence = transition.expand(batch, num_states, num_states).unsqueeze(1)
-            transition = per_sequence.expand(batch, max(time - 1, 0), num_states, num_states)
-        ones = torch.ones(batch, dtype=transition.dtype, device=transition.device)
-        scores = (initial, transition, emission, lengths, final)
-        if use_native(transition.device.type):
-            with torch.no_grad():
-                messages = torch.ops.hmm_speech.forward(*scores)
-            return ops.Posterior.apply(ones, *scores, edges, *messages)
-        state, edge = ops.posterior(ones, *scores, edges)
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in scores):
-            return state, edge
-        return state.detach(), edge.detach()
+
+def _chain_of(other: object) -> Chain:
+    if not isinstance(other, HMM):
+        raise TypeError(f"other: got {type(other).__name__}, expected an HMM")
+    return other._chain
 
 
 def log_partition(
     initial: Tensor,
-    transition: Tensor,
-    emission: Tensor | None = None,
+    transition: Transition,
+    emission: Tensor | Active | None = None,
     lengths: Tensor | None = None,
     final: Tensor | None = None,
 ) -> Tensor:

@@ -1,0 +1,69 @@
+"""Chains over dense scores: the native kernels, or the reference where they are not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .chain import Chain
+from .library import use_native
+
+
+class DenseChain(Chain):
+    """transition (N, N), (B, N, N) or (B, T-1, N, N); emission (B, T, N), or None with a 4-D transition."""
+
+    def dense(self) -> DenseChain:
+        return self
+
+    @property
+    def scores(self) -> tuple:
+        """The arguments of the operators and of the reference."""
+        return self.initial, self.transition, self.emission, self.lengths, self.final
+
+    @property
+    def native(self) -> bool:
+        return use_native(self.transition.device.type)
+
+    def log_partition(self) -> Tensor:
+        return ops.LogPartition.apply(*self.scores) if self.native else reference.log_partition(*self.scores)
+
+    def marginals(self) -> Tensor:
+        return self.posterior(self.transition.dim(), edges=False)[0]
+
+    def edge_marginals(self) -> Tensor:
+        return self.posterior(4, edges=True)[1]
+
+    def transition_counts(self) -> Tensor:
+        edges = self.posterior(max(self.transition.dim(), 3), edges=True)[1]
+        return edges.sum(1) if edges.dim() == 4 else edges
+
+    def viterbi(self) -> tuple[Tensor, Tensor]:
+        return torch.ops.hmm_speech.viterbi(*self.scores) if self.native else reference.viterbi(*self.scores)
+
+    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+        return reference.topk(*self.scores, k)
+
+    def sample(self, uniform: Tensor) -> Tensor:
+        scores = [x if x is None else x.detach() for x in self.scores]
+        return torch.ops.hmm_speech.sample(*scores, uniform) if self.native else reference.sample(*scores, uniform)
+
+    def posterior(self, transition_axes: int, edges: bool) -> tuple[Tensor, Tensor]:
+        """State and edge posteriors for transitions expanded to `transition_axes` axes, one block of edges for each."""
+        initial, transition, emission, lengths, final = self.scores
+        batch, time, num_states = self.size
+        if transition.dim() < transition_axes == 3:
+            transition = transition.expand(batch, num_states, num_states).contiguous()
+        elif transition.dim() < transition_axes:
+            per_sequence = transition.expand(batch, num_states, num_states).unsqueeze(1)
+            transition = per_sequence.expand(batch, max(time - 1, 0), num_states, num_states)
+        ones = torch.ones(batch, dtype=transition.dtype, device=transition.device)
+        scores = (initial, transition, emission, lengths, final)
+        if self.native:
+            with torch.no_grad():
+                messages = torch.ops.hmm_speech.forward(*scores)
+            return ops.Posterior.apply(ones, *scores, edges, *messages)
+        state, edge = ops.posterior(ones, *scores, edges)
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in scores):
+            return state, edge
+        return state.detach(), edge.detach()

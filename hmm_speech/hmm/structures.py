@@ -1,0 +1,264 @@
+"""Transitions and emissions with structure: what they mean, and what they cost where nothing better is known.
+
+Each class says what dense tensor it stands for, ``dense()``, and looks single arcs up, ``gather()``. How chains with
+such scores are inferred without forming that tensor is told in ``low_rank.py``, ``banded.py``, ``chunked.py`` and
+``active.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .reference import INF, logsumexp
+
+
+class LowRank:
+    r"""Transition scores that are the log of a product, :math:`\phi(i, j) = \log \sum_r \exp(l(i, r) + r(r, j))`.
+
+    A chain that passes through one of R hidden classes between any two states (Chiu et al. 2021, eq. 3; with softmaxes
+    over r and over j, both factors are conditional distributions). Forward-backward costs 2 N R a frame, not N^2.
+
+    Args:
+        left: :math:`l`, (N, R), (B, N, R) or (B, T-1, N, R), in nats; -inf forbids.
+        right: :math:`r`, (R, N), with the same leading axes.
+
+    >>> import torch
+    >>> from hmm_speech.hmm import HMM, LowRank
+    >>> left, right = torch.randn(1000, 8).log_softmax(-1), torch.randn(8, 1000).log_softmax(-1)
+    >>> z = HMM(torch.zeros(1000), LowRank(left, right), torch.randn(2, 30, 1000)).log_partition()
+    """
+
+    def __init__(self, left: Tensor, right: Tensor):
+        for name, x in (("left", left), ("right", right)):
+            checks.require_tensor(f"LowRank: {name}", x)
+        if (
+            left.dim() not in (2, 3, 4)
+            or left.shape[:-2] != right.shape[:-2]
+            or left.shape[-2:] != right.shape[:-3:-1]
+            or 0 in left.shape[-2:]
+        ):
+            raise ValueError(
+                f"LowRank: left is {checks.shape_of(left)}, right is {checks.shape_of(right)}, expected (..., N, R) and "
+                "(..., R, N) with leading axes none, (B,) or (B, T-1)"
+            )
+        self.left, self.right = left, right
+        self.num_states, self.rank, self.leading = left.shape[-2], left.shape[-1], tuple(left.shape[:-2])
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"transition.left": self.left, "transition.right": self.right}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> LowRank:
+        return LowRank(function(self.left), function(self.right))
+
+    def dense(self) -> Tensor:
+        """(..., N, N)."""
+        return log_product(self.left, self.right)
+
+    def gather(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Scores of arcs from states (B, T-1, I) to states (B, T-1, J): (B, T-1, I, J)."""
+        return log_product(_rows(self.left, rows), _rows(self.right.transpose(-1, -2), columns).transpose(-1, -2))
+
+
+class Banded:
+    r"""Transition scores on some diagonals alone: ``diagonals[..., d, i]`` scores i -> i + ``offsets[d]``.
+
+    All other arcs are forbidden. Entries whose target would lie outside 0..N-1 are ignored, whatever they hold.
+    Forward-backward costs N len(offsets) a frame: left-to-right chains (offsets 0, 1), with skips (0, 1, 2), and
+    near-diagonal alignments.
+
+    Args:
+        diagonals: (D, N), (B, D, N) or (B, T-1, D, N), in nats; -inf forbids. Indexed by the state that an arc leaves.
+        offsets: D different integers, of any sign.
+
+    >>> import torch
+    >>> from hmm_speech.hmm import Banded
+    >>> Banded(torch.tensor([[0.1, 0.2, 0.3], [1.0, 2.0, 3.0]]), (0, 1)).dense()
+    tensor([[0.1000, 1.0000,   -inf],
+            [  -inf, 0.2000, 2.0000],
+            [  -inf,   -inf, 0.3000]])
+    """
+
+    def __init__(self, diagonals: Tensor, offsets: Sequence[int]):
+        checks.require_tensor("Banded: diagonals", diagonals)
+        offsets = offsets.tolist() if isinstance(offsets, Tensor) else list(offsets)
+        if not offsets or any(isinstance(k, bool) or not isinstance(k, int) for k in offsets):
+            raise ValueError(f"Banded: offsets is {offsets!r}, expected one integer for each diagonal")
+        if len(set(offsets)) < len(offsets):
+            raise ValueError(f"Banded: offsets is {offsets!r}, expected each diagonal once")
+        if diagonals.dim() not in (2, 3, 4) or diagonals.shape[-2] != len(offsets) or diagonals.shape[-1] < 1:
+            raise ValueError(
+                f"Banded: diagonals is {checks.shape_of(diagonals)}, expected (..., {len(offsets)}, N), a row for each "
+                "of the offsets, with leading axes none, (B,) or (B, T-1)"
+            )
+        self.diagonals, self.offsets = diagonals, tuple(offsets)
+        self.num_states, self.leading = diagonals.shape[-1], tuple(diagonals.shape[:-2])
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"transition.diagonals": self.diagonals}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Banded:
+        return Banded(function(self.diagonals), self.offsets)
+
+    def inside(self) -> Tensor:
+        """(D, N): whether an entry's target is a state."""
+        target = torch.arange(self.num_states) + torch.tensor(self.offsets).unsqueeze(-1)
+        return ((target >= 0) & (target < self.num_states)).to(self.diagonals.device)
+
+    def dense(self) -> Tensor:
+        """(..., N, N), -inf off the diagonals."""
+        rows = torch.arange(self.num_states, device=self.diagonals.device)
+        return self._look_up(rows.unsqueeze(-1), rows)
+
+    def gather(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Scores of arcs from states (B, T-1, I) to states (B, T-1, J): (B, T-1, I, J)."""
+        rows, columns = rows.unsqueeze(-1), columns.unsqueeze(-2)
+        found = torch.full((), -INF, dtype=self.diagonals.dtype, device=self.diagonals.device)
+        for d, offset in enumerate(self.offsets):
+            picked = _rows(self.diagonals[..., d, :].unsqueeze(-1), rows.squeeze(-1))
+            found = torch.where(columns - rows == offset, picked, found)
+        return found
+
+    def _look_up(self, rows: Tensor, columns: Tensor) -> Tensor:
+        found = torch.full((), -INF, dtype=self.diagonals.dtype, device=self.diagonals.device)
+        for d, offset in enumerate(self.offsets):
+            found = torch.where(columns - rows == offset, self.diagonals[..., d, :].unsqueeze(-1), found)
+        return found.expand(*self.leading, self.num_states, self.num_states)
+
+
+class Chunked:
+    r"""Transition scores that vary over time and are made by a function, some frames at a time, whenever needed.
+
+    ``function(start, stop)`` returns (B, stop - start, N, N): what ``transition[:, start:stop]`` would hold, for
+    0 <= start < stop <= T-1. It is called again in the backward pass, so that no (B, T, N, N) ever exists; it must
+    return the same scores every time (dropout is repeated). Gradients reach the tensors that it closes over, by
+    ``backward()`` and by ``torch.autograd.grad``.
+
+    Args:
+        function: as above; its result has the scores' device and any floating-point type that may stand beside theirs.
+        chunk: the number of frames asked for at a time, at least 1. Memory grows with it, overhead falls.
+
+    >>> import torch
+    >>> from hmm_speech.hmm import HMM, Chunked
+    >>> context, weight = torch.randn(2, 99, 8), torch.randn(8, 16, requires_grad=True)
+    >>> arcs = Chunked(lambda start, stop: (context[:, start:stop] @ weight).unflatten(-1, (4, 4)), chunk=10)
+    >>> HMM(torch.zeros(4), arcs, torch.randn(2, 100, 4)).log_partition().sum().backward()
+    >>> weight.grad.shape
+    torch.Size([8, 16])
+    """
+
+    def __init__(self, function: Callable[[int, int], Tensor], chunk: int):
+        if not callable(function):
+            raise TypeError(f"Chunked: function is {type(function).__name__}, expected function(start, stop)")
+        if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+            raise ValueError(f"Chunked: chunk is {chunk!r}, expected an integer of at least 1")
+        self.function, self.chunk, self.leading = function, chunk, ()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Chunked:
+        inner = self.function
+        return Chunked(lambda start, stop: function(inner(start, stop)), self.chunk)
+
+    def spans(self, time: int) -> list[tuple[int, int]]:
+        """(start, stop) of each call for T frames."""
+        return [(start, min(start + self.chunk, time - 1)) for start in range(0, time - 1, self.chunk)]
+
+
+class Active:
+    r"""Emission scores of a chain of which only some states can emit a frame: blocked and cloned HMMs (Chiu and Rush
+    2020, section 3.1; Dedieu et al. 2019).
+
+    Forward-backward costs K^2 a frame, not N^2. Gradients are posteriors here too: that of ``scores`` has (B, T, K).
+
+    Args:
+        states: (B, T, K) int64: the states, 0..N-1, that can emit each frame, each at most once; -1 pads.
+        scores: (B, T, K), in nats: their emission scores; where ``states`` is -1, ignored.
+
+    >>> import torch
+    >>> from hmm_speech.hmm import HMM, Active
+    >>> states = torch.tensor([[[0, 1], [2, 3], [0, 1]]])
+    >>> hmm = HMM(torch.zeros(4), torch.eye(4), Active(states, torch.tensor([[[0.0, 1.0], [0.0, 2.0], [3.0, 0.0]]])))
+    >>> hmm.viterbi().states
+    tensor([[1, 3, 0]])
+    """
+
+    def __init__(self, states: Tensor, scores: Tensor):
+        checks.require_tensor("Active: scores", scores)
+        if not isinstance(states, Tensor) or states.dtype != torch.int64:
+            raise TypeError(
+                f"Active: states is {getattr(states, 'dtype', type(states).__name__)}, expected an int64 tensor"
+            )
+        if scores.dim() != 3 or states.shape != scores.shape or scores.shape[2] < 1:
+            raise ValueError(
+                f"Active: states is {checks.shape_of(states)}, scores is {checks.shape_of(scores)}, expected (B, T, K) "
+                "both, with K of at least 1"
+            )
+        if states.device != scores.device:
+            raise ValueError(f"Active: states on {states.device}, expected {scores.device}, where scores is")
+        self.states, self.scores = states, scores
+        self.shape = tuple(scores.shape)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"emission.scores": self.scores}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Active:
+        return Active(self.states, function(self.scores))
+
+    def slots(self) -> Tensor:
+        """``scores`` with -inf where ``states`` pads."""
+        return torch.where(self.states >= 0, self.scores, -INF)
+
+    def dense(self, num_states: int) -> Tensor:
+        """(B, T, N), -inf where a state cannot emit a frame."""
+        batch, time, _ = self.shape
+        emission = self.scores.new_full((batch, time, num_states + 1), -INF)  # one more, for what pads
+        place = torch.where(self.states >= 0, self.states, num_states)
+        return emission.scatter(2, place, self.slots())[..., :num_states]
+
+    def look_up(self, path: Tensor) -> Tensor:
+        """The score of each frame under the states of paths (B, T), -inf where it cannot be emitted."""
+        same = self.states == path.unsqueeze(-1)
+        return torch.where(same.any(-1), torch.where(same, self.scores, 0).sum(-1), -INF)
+
+
+TRANSITIONS = (LowRank, Banded, Chunked)
+Transition = Tensor | LowRank | Banded | Chunked
+
+
+def gather(transition: Tensor | LowRank | Banded, rows: Tensor, columns: Tensor) -> Tensor:
+    """Scores of arcs from states (B, T-1, I) to states (B, T-1, J): (B, T-1, I, J)."""
+    if not isinstance(transition, Tensor):
+        return transition.gather(rows, columns)
+    rows, columns = rows.unsqueeze(-1), columns.unsqueeze(-2)
+    batch = torch.arange(rows.shape[0], device=rows.device)[:, None, None, None]
+    if transition.dim() == 2:
+        return transition[rows, columns]
+    if transition.dim() == 3:
+        return transition[batch, rows, columns]
+    return transition[batch, torch.arange(rows.shape[1], device=rows.device)[:, None, None], rows, columns]
+
+
+def log_product(left: Tensor, right: Tensor) -> Tensor:
+    """log(exp(left) @ exp(right)) for (..., I, R) and (..., R, J), -inf where nothing is allowed; a loop over R, so that
+    no (..., I, R, J) is formed unless autograd records."""
+    if left.requires_grad or right.requires_grad:
+        return logsumexp(left.unsqueeze(-1) + right.unsqueeze(-3), -2)
+    total = left[..., :1] + right[..., :1, :]
+    for r in range(1, left.shape[-1]):
+        total = torch.logaddexp(total, left[..., r : r + 1] + right[..., r : r + 1, :])
+    return total
+
+
+def _rows(matrix: Tensor, index: Tensor) -> Tensor:
+    """Rows (B, T-1, I) of a matrix (N, R), (B, N, R) or (B, T-1, N, R): (B, T-1, I, R)."""
+    if matrix.dim() == 2:
+        return matrix[index]
+    batch = torch.arange(index.shape[0], device=index.device)[:, None, None]
+    if matrix.dim() == 3:
+        return matrix[batch, index]
+    return matrix[batch, torch.arange(index.shape[1], device=index.device)[:, None], index]
