@@ -2,6 +2,7 @@
 // everything else has internal linkage, so that the linker cannot mix code of different instruction sets.
 #include "kernels.h"
 
+#include "parallel.h"
 #include "redo.h"
 #include "viterbi.h"
 
@@ -30,17 +31,6 @@ struct Grouping {
     }
     return g;
   }
-};
-
-template <class Body> int run(Parallel parallel, int64_t items, int threads, Body &body) {
-  const int workers = int(items < threads ? (items > 0 ? items : 1) : threads);
-  parallel(workers, [](void *context, int worker, int count) { (*static_cast<Body *>(context))(worker, count); }, &body);
-  return body.status;
-}
-
-struct Status {
-  int status = HMM_OK;
-  void out_of_memory() { __atomic_store_n(&status, int(HMM_OUT_OF_MEMORY), __ATOMIC_RELAXED); }
 };
 
 template <class Real> struct Forward : Status {

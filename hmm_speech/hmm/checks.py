@@ -134,7 +134,7 @@ def _fake(x: Tensor) -> bool:
 
 def check_active(states: Tensor, lengths: Tensor, num_states: int, check: bool) -> None:
     """Raises ValueError for a state out of range within the lengths, and under `check` for one that comes twice."""
-    batch, time, _ = states.shape
+    time = states.shape[1]
     if not states.numel() or _fake(states) or (states.device.type != "cpu" and not check):
         return
     if bool((states >= -1).all()) and int(states.max()) < num_states and not check:

@@ -42,8 +42,8 @@ class LowRank:
             or 0 in left.shape[-2:]
         ):
             raise ValueError(
-                f"LowRank: left is {checks.shape_of(left)}, right is {checks.shape_of(right)}, expected (..., N, R) and "
-                "(..., R, N) with leading axes none, (B,) or (B, T-1)"
+                f"LowRank: left is {checks.shape_of(left)}, right is {checks.shape_of(right)}, expected "
+                "(..., N, R) and (..., R, N) with leading axes none, (B,) or (B, T-1)"
             )
         self.left, self.right = left, right
         self.num_states, self.rank, self.leading = left.shape[-2], left.shape[-1], tuple(left.shape[:-2])
@@ -244,8 +244,9 @@ def gather(transition: Tensor | LowRank | Banded, rows: Tensor, columns: Tensor)
 
 
 def log_product(left: Tensor, right: Tensor) -> Tensor:
-    """log(exp(left) @ exp(right)) for (..., I, R) and (..., R, J), -inf where nothing is allowed; a loop over R, so that
-    no (..., I, R, J) is formed unless autograd records."""
+    """log(exp(left) @ exp(right)) for (..., I, R) and (..., R, J), -inf where nothing is allowed.
+
+    A loop over R, so that no (..., I, R, J) is formed unless autograd records."""
     if left.requires_grad or right.requires_grad:
         return logsumexp(left.unsqueeze(-1) + right.unsqueeze(-3), -2)
     total = left[..., :1] + right[..., :1, :]

@@ -55,7 +55,7 @@ def test_inference(backend, transition, emission):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("transition", "emission"), COMBINATIONS)
 def test_gradients_equal_those_of_the_dense_chain(backend, transition, emission, kind):
-    """Through log(exp(left) exp(right)), diagonals and scattered scores, autograd's own way from the dense gradients."""
+    """The dense gradients, taken by autograd through log(exp(left) exp(right)), diagonals and scattered scores."""
     arguments, _ = structured(transition, emission, 3, 6, 5, kind, seed=2, lengths="ragged")
     arguments["lengths"] = torch.tensor([6, 0, 4])
     inputs = leaves(arguments)
