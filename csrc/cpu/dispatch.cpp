@@ -116,6 +116,13 @@ template <class Body> int guarded(const hmm_problem *p, Body body) {
     return guarded(p, [&] {                                                                                             \
       return chosen().suffix.sample(*p, parallel, samples, log_partition, alpha, method, uniform, states);              \
     });                                                                                                                 \
+  }                                                                                                                     \
+  int hmm_tangent_##suffix(const hmm_problem *p, const Real *grad, const Real *direction_state,                         \
+                           const Real *direction_edge, Real *expected, Real *state, Real *edge) {                       \
+    return guarded(p, [&] {                                                                                             \
+      if (edge) advise_huge_pages(edge, edge_numbers(*p) * sizeof(Real));                                               \
+      return chosen().suffix.tangent(*p, parallel, grad, direction_state, direction_edge, expected, state, edge);       \
+    });                                                                                                                 \
   }
 
 extern "C" {

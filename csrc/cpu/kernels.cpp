@@ -4,6 +4,7 @@
 
 #include "parallel.h"
 #include "redo.h"
+#include "tangent.h"
 #include "viterbi.h"
 
 namespace {
@@ -299,7 +300,7 @@ int sample(const hmm_problem &p, Parallel parallel, int64_t samples, const Real 
   return run(parallel, p.batch, p.threads, body);
 }
 
-template <class Real> constexpr Kernels<Real> table() { return {forward<Real>, backward<Real>, viterbi<Real>, sample<Real>}; }
+template <class Real> constexpr Kernels<Real> table() { return {forward<Real>, backward<Real>, viterbi<Real>, sample<Real>, tangent<Real>}; }
 
 }  // namespace
 

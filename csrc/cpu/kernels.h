@@ -13,6 +13,8 @@ template <class Real> struct Kernels {
   int (*viterbi)(const hmm_problem &, Parallel, Real *score, Real *delta, int64_t *states);
   int (*sample)(const hmm_problem &, Parallel, int64_t samples, const Real *log_partition, const Real *alpha,
                 const int32_t *method, const Real *uniform, int64_t *states);
+  int (*tangent)(const hmm_problem &, Parallel, const Real *grad, const Real *direction_state, const Real *direction_edge,
+                 Real *expected, Real *state, Real *edge);
 };
 
 struct InstructionSet {

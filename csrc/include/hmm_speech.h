@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-#define HMM_ABI_VERSION 2
+#define HMM_ABI_VERSION 3
 #define HMM_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -72,6 +72,15 @@ HMM_API int hmm_sample_f32(const hmm_problem *, int64_t samples, const float *lo
                    const int32_t *method, const float *uniform, int64_t *states);
 HMM_API int hmm_sample_f64(const hmm_problem *, int64_t samples, const double *log_partition, const double *alpha,
                    const int32_t *method, const double *uniform, int64_t *states);
+
+/* The derivative of the posteriors along a direction, from the scores alone: for the second backward pass.
+ *   direction_state (B, T, N), direction_edge as the edge of hmm_backward or NULL for zeros; grad (B,).
+ *   expected (B,) out: sum_k posterior_k direction_k, what the direction's sum over a path is on average.
+ *   state (B, T, N), edge (NULL to skip, as in hmm_backward) out: grad[b] times the derivative of each posterior. */
+HMM_API int hmm_tangent_f32(const hmm_problem *, const float *grad, const float *direction_state, const float *direction_edge,
+                    float *expected, float *state, float *edge);
+HMM_API int hmm_tangent_f64(const hmm_problem *, const double *grad, const double *direction_state,
+                    const double *direction_edge, double *expected, double *state, double *edge);
 
 HMM_API int hmm_abi_version(void);
 HMM_API const char *hmm_instruction_set(void);    /* "avx512", "avx2" or "portable": what the running CPU got */

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 REBUILD = "rebuild it with `pip install -e .` (or `pip install .`) in the clone; it needs a C++20 compiler"
 _SUFFIX = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
 _FILE = f"libhmm_speech.{_SUFFIX}"
@@ -63,7 +63,12 @@ def _candidates() -> Iterator[Path]:
 
 def _declare(handle: ctypes.CDLL) -> None:
     pointer, problem = ctypes.c_void_p, ctypes.POINTER(Problem)
-    arguments = {"forward": [pointer] * 5, "backward": [pointer] * 8, "viterbi": [pointer] * 3}
+    arguments = {
+        "forward": [pointer] * 5,
+        "backward": [pointer] * 8,
+        "viterbi": [pointer] * 3,
+        "tangent": [pointer] * 6,
+    }
     arguments["sample"] = [ctypes.c_int64] + [pointer] * 5
     for name, types in arguments.items():
         for suffix in ("f32", "f64"):

@@ -21,6 +21,10 @@ _lib.define(f"forward({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 _lib.define(f"backward(Tensor grad, {_ARGUMENTS}, {_MESSAGES}, bool edges) -> (Tensor, Tensor)")
 _lib.define(f"viterbi({_ARGUMENTS}) -> (Tensor, Tensor)")
 _lib.define(f"sample({_ARGUMENTS}, Tensor uniform) -> Tensor")
+_lib.define(
+    f"tangent(Tensor grad, {_ARGUMENTS}, Tensor direction_state, Tensor? direction_edge, bool edges)"
+    " -> (Tensor, Tensor, Tensor)"
+)
 
 
 def _dense(x: Tensor | None, axes: int) -> Tensor | None:
@@ -107,6 +111,16 @@ def _sample(initial, transition, emission, lengths, final, uniform):
     return states
 
 
+def _tangent(grad, initial, transition, emission, lengths, final, direction_state, direction_edge, edges):
+    call = _Call(initial, transition, emission, lengths, final)
+    direction_edge = None if direction_edge is None else direction_edge.contiguous()
+    expected, state = call.empty(call.shape[0]), call.empty(*call.shape)
+    edge = call.empty(*(transition.shape if edges else (0,)))
+    call("tangent", grad.contiguous(), direction_state.contiguous(), direction_edge, expected, state,
+         edge if edges else None)  # fmt: skip
+    return expected, state, edge
+
+
 def _fake_messages(initial, transition, emission, lengths, final):
     batch, time, num_states = lengths.shape[0], reference.frames(transition, emission), transition.shape[-1]
     return (
@@ -124,6 +138,14 @@ def _fake_backward(
     return torch.empty_like(alpha), transition.new_empty(transition.shape if edges else (0,))
 
 
+def _fake_tangent(grad, initial, transition, emission, lengths, final, direction_state, direction_edge, edges):
+    return (
+        torch.empty_like(grad),
+        torch.empty_like(direction_state),
+        transition.new_empty(transition.shape if edges else (0,)),
+    )
+
+
 def _fake_viterbi(initial, transition, emission, lengths, final):
     batch, time = lengths.shape[0], reference.frames(transition, emission)
     return transition.new_empty(batch), transition.new_empty((batch, time), dtype=torch.int64)
@@ -138,6 +160,7 @@ for _name, _kernel, _fake in (
     ("backward", _backward, _fake_backward),
     ("viterbi", _viterbi, _fake_viterbi),
     ("sample", _sample, _fake_sample),
+    ("tangent", _tangent, _fake_tangent),
 ):
     _lib.impl(_name, _kernel, "CPU")
     torch.library.register_fake(f"hmm_speech::{_name}", _fake, lib=_lib)
@@ -174,7 +197,8 @@ class LogPartition(Function):
 class Posterior(Function):
     """grad times p(z_t | x), (B, T, N), and grad times p(z_t, z_t+1 | x), of the transition's shape (or empty).
 
-    Differentiable by the reference: a Hessian-vector product of log Z through plain torch.
+    Its own backward pass is the Hessian of log Z times a vector (csrc/cpu/tangent.h); where that is to be
+    differentiated again, through the reference.
     """
 
     @staticmethod
@@ -185,22 +209,36 @@ class Posterior(Function):
 
     @staticmethod
     def backward(ctx, grad_state, grad_edge):
-        saved = ctx.saved_tensors
-        higher = torch.is_grad_enabled()
-        with torch.enable_grad():
-            tracked = [
-                x if x is None or x.requires_grad or not x.is_floating_point() else x.detach().requires_grad_()
-                for x in saved
-            ]
-            grad, initial, transition, emission, lengths, final = tracked
-            state, edge = posterior(grad, initial, transition, emission, lengths, final, ctx.edges)
-            value = (state * grad_state).sum() + ((edge * grad_edge).sum() if ctx.edges else 0)
-            wanted = [k for k, x in enumerate(tracked) if x is not None and ctx.needs_input_grad[k]]
-            found = torch.autograd.grad(value, [tracked[k] for k in wanted], create_graph=higher, allow_unused=True)
-        gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        for k, gradient in zip(wanted, found, strict=True):
-            gradients[k] = gradient
-        return tuple(gradients)
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # create_graph=True
+            return _through_reference(ctx.saved_tensors, ctx.edges, needs, grad_state, grad_edge)
+        initial, lengths, final = ctx.saved_tensors[1], ctx.saved_tensors[4], ctx.saved_tensors[5]
+        direction = grad_edge if ctx.edges else None
+        expected, state, edge = torch.ops.hmm_speech.tangent(*ctx.saved_tensors, grad_state, direction, needs[2])
+        gradients = (
+            expected if needs[0] else None,
+            first_frame(state, initial) if needs[1] else None,
+            edge if needs[2] else None,
+            state if needs[3] else None,
+            None,
+            last_frame(state, lengths, final) if needs[5] else None,
+        )
+        return (*gradients, *(None,) * (len(needs) - 6))
+
+
+def _through_reference(saved, edges: bool, needs, grad_state: Tensor, grad_edge: Tensor) -> tuple[Tensor | None, ...]:
+    """The backward pass of :class:`Posterior` with a graph of its own."""
+    tracked = [
+        x if x is None or x.requires_grad or not x.is_floating_point() else x.detach().requires_grad_() for x in saved
+    ]
+    state, edge = posterior(*tracked, edges)
+    value = (state * grad_state).sum() + ((edge * grad_edge).sum() if edges else 0)
+    wanted = [k for k, x in enumerate(tracked) if x is not None and needs[k]]
+    found = torch.autograd.grad(value, [tracked[k] for k in wanted], create_graph=True, allow_unused=True)
+    gradients: list[Tensor | None] = [None] * len(needs)
+    for k, gradient in zip(wanted, found, strict=True):
+        gradients[k] = gradient
+    return tuple(gradients)
 
 
 def posterior(grad, initial, transition, emission, lengths, final, edges: bool) -> tuple[Tensor, Tensor]:

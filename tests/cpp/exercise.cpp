@@ -22,6 +22,7 @@ template <class Real> struct Functions;
     static constexpr auto backward = hmm_backward_##suffix;        \
     static constexpr auto viterbi = hmm_viterbi_##suffix;          \
     static constexpr auto sample = hmm_sample_##suffix;            \
+    static constexpr auto tangent = hmm_tangent_##suffix;          \
     static constexpr double tolerance = sizeof(Real) == 4 ? 1e-4 : 1e-9; \
   };
 HMM_FUNCTIONS(f32, float)
@@ -72,6 +73,10 @@ template <class Real> void exercise(int B, int T, int N, Kind kind, double scale
   for (Real &u : draws) u = Real(uniform(random));
   std::vector<int64_t> samples(S * frames);
   CHECK(F::sample(&p, S, z.data(), alpha.data(), method.data(), draws.data(), samples.data()) == HMM_OK);
+
+  std::vector<Real> average(B), change(size), edge_change(edge.size());
+  CHECK(F::tangent(&p, grad.data(), alpha.data(), edge.data(), average.data(), change.data(), edge_change.data()) == HMM_OK);
+  CHECK(F::tangent(&p, grad.data(), alpha.data(), nullptr, average.data(), change.data(), nullptr) == HMM_OK);
 
   double expected = 0, mass = 0;
   for (Real x : edge) mass += double(x);

@@ -51,6 +51,9 @@ def test_operators_are_registered_as_torch_expects(kind, dtype):
     messages = ops.forward(*scores)
     torch.library.opcheck(ops.backward.default, (torch.ones(3, dtype=dtype), *scores, *messages, True))
     torch.library.opcheck(ops.backward.default, (torch.ones(3, dtype=dtype), *scores, *messages, False))
+    ones = torch.ones(3, dtype=dtype)
+    torch.library.opcheck(ops.tangent.default, (ones, *scores, messages[1], torch.ones_like(scores[1]), True))
+    torch.library.opcheck(ops.tangent.default, (ones, *scores, messages[1], None, False))
     torch.library.opcheck(ops.viterbi.default, scores)
     torch.library.opcheck(ops.sample.default, (*scores, torch.rand(2, 3, 5, dtype=dtype)))
 
