@@ -103,3 +103,87 @@ def test_entropies(transition, emission):
     close(p.cross_entropy(q), dense_p.cross_entropy(dense_q))
     close(p.kl_divergence(dense_q), dense_p.kl_divergence(dense_q))
     close(p.smooth_viterbi(0.3), dense_p.smooth_viterbi(0.3))
+
+
+@pytest.mark.parametrize(("transition", "emission"), [("dense", "dense"), *COMBINATIONS])
+def test_half_precision_and_autocast(transition, emission):
+    """bfloat16 scores are computed in float32; under autocast too, where products of torch would run in bfloat16."""
+    arguments, _ = structured(transition, emission, 3, 20, 6, seed=4, dtype=torch.bfloat16)
+    narrow = leaves(arguments)
+    wide = {
+        name: x.map(lambda t: t.detach().float())
+        if hasattr(x, "map")
+        else x.detach().float()
+        if x.is_floating_point()
+        else x
+        for name, x in arguments.items()
+    }
+    expected = HMM(**wide).log_partition()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = HMM(**arguments).log_partition()
+        marginals = HMM(**arguments).marginals()
+    assert z.dtype == marginals.dtype == torch.float32
+    torch.testing.assert_close(z, expected, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(marginals, HMM(**wide).marginals(), rtol=0, atol=5e-6)
+    for name, gradient in zip(narrow, torch.autograd.grad(z.sum(), list(narrow.values())), strict=True):
+        assert gradient.dtype == torch.bfloat16 and gradient.shape == narrow[name].shape
+
+
+@pytest.mark.parametrize("transition", ["low-rank", "banded"])
+@pytest.mark.parametrize("emission", ["dense", "active"])
+def test_compiles_without_a_graph_break(transition, emission):
+    from hmm_speech.hmm import Active, Banded, LowRank
+
+    arguments, _ = structured(transition, emission, 2, 5, 4, seed=2, dtype=torch.float32)
+    scores, kept = leaves(arguments), arguments["transition"]
+
+    def loss(initial, *tensors):
+        *factors, values = tensors
+        arcs = LowRank(*factors) if transition == "low-rank" else Banded(factors[0], kept.offsets)
+        frames = Active(arguments["emission"].states, values) if emission == "active" else values
+        return HMM(initial, arcs, frames, arguments["lengths"]).log_partition().sum()
+
+    inputs = [x for name, x in scores.items() if name != "final"]
+    expected = loss(*inputs)
+    wanted = torch.autograd.grad(expected, inputs)
+    found = torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs)
+    torch.testing.assert_close(found, expected)
+    for mine, theirs in zip(torch.autograd.grad(found, inputs), wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_what_check_finds_in_structures():
+    arguments, _ = structured("banded", "active", 2, 5, 6, seed=9)
+    arguments["lengths"] = torch.tensor([5, 3])
+    HMM(**arguments, check=True)
+    arguments["emission"].states[0, 1, :2] = 3
+    with pytest.raises(ValueError, match=r"states holds 3 twice in frame \(0, 1\)"):
+        HMM(**arguments, check=True)
+    arguments["emission"].states[1, 4, 0] = 99  # past the end
+    HMM(**arguments)
+    arguments["emission"].states[0, 4, 0] = 6
+    with pytest.raises(ValueError, match=r"states holds 6 at \(0, 4, 0\), expected -1 to 5"):
+        HMM(**arguments)
+
+
+def test_bad_structures():
+    from hmm_speech.hmm import Active, Banded, Chunked, LowRank
+
+    z = torch.zeros
+    for made, error, message in [
+        (lambda: LowRank(z(4, 2), z(3, 4)), ValueError, r"left is \(4, 2\), right is \(3, 4\)"),
+        (lambda: LowRank(z(4, 2), [1]), TypeError, "LowRank: right: got list"),
+        (lambda: Banded(z(2, 4), (0, 1, 2)), ValueError, r"diagonals is \(2, 4\), expected \(..., 3, N\)"),
+        (lambda: Banded(z(2, 4), (1, 1)), ValueError, "expected each diagonal once"),
+        (lambda: Banded(z(1, 4), (0.5,)), ValueError, "expected one integer"),
+        (lambda: Chunked(3, 4), TypeError, "function is int"),
+        (lambda: Chunked(lambda a, b: None, 0), ValueError, "chunk is 0"),
+        (lambda: Active(z(2, 3, 1), z(2, 3, 1)), TypeError, "states is torch.float32"),
+        (lambda: Active(z(2, 3, 1).long(), z(2, 3, 2)), ValueError, r"scores is \(2, 3, 2\)"),
+        (lambda: HMM(z(4), LowRank(z(4, 2), z(2, 4))), ValueError, "emission: None needs"),
+        (lambda: HMM(z(4), Banded(z(3, 1, 4), (0,)), z(2, 5, 4)), ValueError, "expected B = 2 first"),
+        (lambda: HMM(z(4), LowRank(z(4, 2).double(), z(2, 4)), z(2, 5, 4)), TypeError, "left is torch.float64"),
+        (lambda: HMM(z(4), z(4, 4), LowRank(z(4, 2), z(2, 4))), TypeError, "emission: got LowRank, .* or Active"),
+    ]:  # fmt: skip
+        with pytest.raises(error, match=message):
+            made()
