@@ -88,6 +88,8 @@ class HMM:
             checks.check_active(emission.states, self.lengths, self.num_states, check)
         if check:
             checks.check_scores(initial, transition, emission, self.lengths, final)
+        if isinstance(transition, Chunked):
+            transition = transition.checked(batch, self.num_states, dtype, device, self.lengths if check else None)
         cast = [mapped(x, lambda x: x.to(dtype)) for x in (initial, transition, emission, final)]
         self._chain = _kind(transition, emission)(*cast[:3], self.lengths, cast[3], time)
 

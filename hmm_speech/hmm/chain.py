@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from . import structures
 from .structures import Active, Banded, Chunked, LowRank, Transition
@@ -118,10 +119,13 @@ class Chain:
         rows, columns = path[:, :-1].unsqueeze(-1), path[:, 1:].unsqueeze(-1)
         if not isinstance(self.transition, Chunked):
             return structures.gather(self.transition, rows, columns)[..., 0, 0]
-        parts = [
-            structures.gather(self.transition.function(start, stop), rows[:, start:stop], columns[:, start:stop])
-            for start, stop in self.transition.spans(self.time)
-        ]
+
+        def along(start: int, stop: int) -> Tensor:
+            arcs = self.transition.function(start, stop)
+            return structures.gather(arcs, rows[:, start:stop], columns[:, start:stop])
+
+        spans = self.transition.spans(self.time)
+        parts = [checkpoint(along, start, stop, use_reentrant=False) for start, stop in spans]
         return torch.cat(parts, 1)[..., 0, 0]
 
 

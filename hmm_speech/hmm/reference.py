@@ -44,7 +44,7 @@ def _frame_scores(emission: Tensor | None, lengths: Tensor) -> list[Tensor] | No
     return list(torch.where(inside.unsqueeze(-1), emission, 0).unbind(1))
 
 
-def _recursion(initial, transition, emission, lengths, final, reduce):
+def recursion(initial, transition, emission, lengths, final, reduce):
     """alpha_t(j) = reduce_i[alpha_{t-1}(i) + phi_t(i, j)] + e_t(j), with final scores added at each sequence's end.
 
     Returns the messages, each centred so that its maximum is 0, as a list over time of (B, N) (past a sequence's end it
@@ -75,11 +75,24 @@ def log_partition(initial, transition, emission, lengths, final) -> Tensor:
 
     Each message is re-centred so that errors do not grow with T; what is taken out is summed in float64.
     """
-    messages, offset = _recursion(initial, transition, emission, lengths, final, lambda x: logsumexp(x, 1))
+    messages, offset = recursion(initial, transition, emission, lengths, final, lambda x: logsumexp(x, 1))
     if not messages:  # zeros that autograd knows, as every other result is
         nothing = torch.zeros((), dtype=torch.bool, device=initial.device)
         return torch.where(nothing, initial.expand(lengths.shape[0], -1), 0).sum(-1)
     return torch.where(lengths > 0, offset + logsumexp(messages[-1], -1).double(), 0).to(initial.dtype)
+
+
+def advance(message, arcs, emission, lengths, maximum: bool = False) -> tuple[list[Tensor], Tensor]:
+    """Messages of the frames that follow one whose message (B, N) is known, by sums or by maxima.
+
+    arcs (B, C, N, N) and emission (B, C, N) lead to the C frames after it; lengths (B,), 1..C+1, counts the known frame
+    too. Returns C+1 messages, each with maximum 0, (past a sequence's end its last), and what centring took out, (B,)
+    in float64, which autograd takes for a constant: a message and that constant are together what they should be.
+    """
+    scores = torch.cat([torch.zeros_like(message).unsqueeze(1), emission], 1)
+    return recursion(
+        message, arcs, scores, lengths, None, (lambda x: x.amax(1)) if maximum else lambda x: logsumexp(x, 1)
+    )
 
 
 def viterbi(initial, transition, emission, lengths, final) -> tuple[Tensor, Tensor]:
@@ -87,7 +100,7 @@ def viterbi(initial, transition, emission, lengths, final) -> tuple[Tensor, Tens
 
     Where no path is feasible the score is -inf and the states are -1, as they are past the end.
     """
-    messages, offset = _recursion(initial, transition, emission, lengths, final, lambda x: x.amax(1))
+    messages, offset = recursion(initial, transition, emission, lengths, final, lambda x: x.amax(1))
     time = len(messages)
     states = torch.full((lengths.shape[0], time), -1, dtype=torch.int64, device=initial.device)
     if time == 0:
@@ -162,14 +175,19 @@ def sample(initial, transition, emission, lengths, final, uniform: Tensor) -> Te
     z_{L-1} ~ alpha_{L-1}, then z_{t-1} with probability proportional to exp(alpha_{t-1}(i) + phi_t(i, z_t)), by the
     inverse of its cumulative distribution at `uniform` (S, B, T). -1 past the end and where no path is feasible.
     """
-    messages, _ = _recursion(initial, transition, emission, lengths, final, lambda x: logsumexp(x, 1))
+    messages, _ = recursion(initial, transition, emission, lengths, final, lambda x: logsumexp(x, 1))
+    return walk_back(messages, transition, lengths, uniform)
+
+
+def walk_back(messages: list[Tensor], transition: Tensor, lengths: Tensor, uniform: Tensor) -> Tensor:
+    """The samples of :func:`sample` from its messages, (B, N) or, different for each sample, (S, B, N)."""
     time, (num_samples, batch) = len(messages), uniform.shape[:2]
-    states = torch.full((num_samples, batch, time), -1, dtype=torch.int64, device=initial.device)
+    states = torch.full((num_samples, batch, time), -1, dtype=torch.int64, device=uniform.device)
     if time == 0:
         return states
     arcs = _arcs(transition, lengths, time)
     feasible = logsumexp(messages[-1], -1) > -INF
-    state = torch.zeros(num_samples, batch, dtype=torch.int64, device=initial.device)
+    state = torch.zeros(num_samples, batch, dtype=torch.int64, device=uniform.device)
     for t in reversed(range(time)):
         scores = messages[t].expand(num_samples, -1, -1)
         if t + 1 < time:

@@ -134,8 +134,14 @@ class Chunked:
 
     ``function(start, stop)`` returns (B, stop - start, N, N): what ``transition[:, start:stop]`` would hold, for
     0 <= start < stop <= T-1. It is called again in the backward pass, so that no (B, T, N, N) ever exists; it must
-    return the same scores every time (dropout is repeated). Gradients reach the tensors that it closes over, by
-    ``backward()`` and by ``torch.autograd.grad``.
+    return the same scores every time (dropout is repeated in the backward pass, but ``viterbi``, ``sample``,
+    ``marginals`` and ``transition_counts`` take arcs more than once and want none). Gradients reach the tensors that it
+    closes over, by ``backward()`` and by ``torch.autograd.grad``.
+
+    Forward-backward then holds B (stop - start) N^2 scores, their gradients and what the function saves for them, and B
+    N numbers a chunk. So do ``marginals``, ``transition_counts`` (their gradients too), ``viterbi`` and ``sample``;
+    ``edge_marginals`` has the size of its result. ``topk``, the entropies and divergences, and the backward pass of a
+    backward pass with ``create_graph=True`` form all (B, T, N, N) scores.
 
     Args:
         function: as above; its result has the scores' device and any floating-point type that may stand beside theirs.
@@ -163,6 +169,35 @@ class Chunked:
     def map(self, function: Callable[[Tensor], Tensor]) -> Chunked:
         inner = self.function
         return Chunked(lambda start, stop: function(inner(start, stop)), self.chunk)
+
+    def checked(
+        self, batch: int, num_states: int, dtype: torch.dtype, device: torch.device, lengths: Tensor | None
+    ) -> Chunked:
+        """This, with each result seen to have its shape and device and brought to `dtype`; and, given lengths, looked
+        through for +inf and NaN within them."""
+        name, inner = "Chunked: function(start, stop)", self.function
+
+        def function(start: int, stop: int) -> Tensor:
+            arcs = inner(start, stop)
+            checks.require_tensor(name, arcs)
+            expected = (batch, stop - start, num_states, num_states)
+            if tuple(arcs.shape) != expected:
+                raise ValueError(
+                    f"{name}: shape is {checks.shape_of(arcs)} for ({start}, {stop}), expected (B, stop - start, N, N) "
+                    f"= ({', '.join(map(str, expected))})"
+                )
+            if arcs.device != device:
+                raise ValueError(f"{name}: on {arcs.device}, expected {device}, where initial is")
+            if (arcs.dtype == torch.float64) != (dtype == torch.float64):
+                raise TypeError(
+                    f"{name}: dtype is {arcs.dtype}, expected {dtype} as the other scores: convert with .double() or "
+                    ".float()"
+                )
+            if lengths is not None:
+                checks.check_values(f"{name} at ({start}, {stop})", arcs, lengths - start, shift=1)
+            return arcs.to(dtype)
+
+        return Chunked(function, self.chunk)
 
     def spans(self, time: int) -> list[tuple[int, int]]:
         """(start, stop) of each call for T frames."""
