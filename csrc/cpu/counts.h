@@ -68,15 +68,22 @@ template <class Real> struct Counts {
     filled = 0;
   }
 
-  // edge (N, N) += A * sum. A forbidden arc gets nothing, whatever its sum overflowed to.
-  void finish(const Arcs<Real> &arcs, Real *edge) {
+  // edge (N, N) += A * sum. A forbidden arc gets nothing, whatever its sum overflowed to. Where the frames came against
+  // the arcs (step -1), the sum and its panels are transposed.
+  void finish(const Arcs<Real> &arcs, int step, Real *edge) {
     flush();
-    constexpr int P = kPanel<Real>;
-    for (int64_t i = 0; i < N; i++)
-      for (int64_t j = 0; j < N; j++) {
-        const Real a = arcs.forward[j / P * P * N + i * P + j % P];
-        if (a > 0) edge[i * N + j] += std::ldexp(sum[i * padded + j] * a, kTopBits) / grad_scale;
-      }
+    constexpr int P = kPanel<Real>, W = kLanes<Real>;
+    const Real *panels = arcs.along(step), up = std::ldexp(Real(1), kTopBits), unscale = 1 / grad_scale;
+    for (int64_t i0 = 0; i0 < N; i0 += kRows)  // blocks: where the sum is transposed, a column of edge is short
+      for (int64_t j = 0; j < N; j += W)
+        for (int64_t i = i0; i < N && i < i0 + kRows; i++) {
+          const Vec<Real> a = load(panels + j / P * P * N + i * P + j % P);
+          const Vec<Real> x = a > Real(0) ? load(sum + i * padded + j) * a * up * unscale : Vec<Real>{};
+          Real *out = edge + i * N + j;
+          if (step > 0) store_part(out, N - j, load_part(out, N - j, Real(0)) + x);
+          else
+            for (int64_t v = 0; v < W && j + v < N; v++) edge[(j + v) * N + i] += x[v];
+        }
   }
 };
 

@@ -9,15 +9,29 @@
 
 namespace {
 
-// Sequences (in the order of falling length) that go together: full groups, then what is left in powers of two, so that
-// few rows of a product are idle. Groups are no larger than an even share of the threads.
+// How sequences (in the order of falling length) share the steps of a product and the threads. Groups of up to 8 go
+// through a step together: full groups, then what is left in powers of two, so that few rows of a product are idle. Where
+// there are fewer full groups than threads, time is halved before groups are: two threads walk the same group from both
+// ends, and the product keeps its rows.
 struct Grouping {
   const int64_t *order, *lengths;
   int64_t batch;
-  int most;
-  Grouping(const hmm_problem &p, const int64_t *sorted) : order(sorted), lengths(p.lengths), batch(p.batch) {
-    const int64_t share = (p.batch + p.threads - 1) / p.threads;
-    most = p.transition_batch_stride ? 1 : share >= 7 ? 8 : share >= 3 ? 4 : share >= 2 ? 2 : 1;
+  int most;     // sequences in a group
+  int halves;   // 2: from both ends
+  int workers;  // shares of the work
+
+  Grouping(const hmm_problem &p, const int64_t *sorted, bool shared, bool both_ends)
+      : order(sorted), lengths(p.lengths), batch(p.batch), halves(both_ends ? 2 : 1) {
+    const int64_t threads = p.threads / halves > 1 ? p.threads / halves : 1, share = (batch + threads - 1) / threads;
+    most = !shared ? 1 : share >= 7 ? 8 : share >= 3 ? 4 : share >= 2 ? 2 : 1;
+    int64_t groups = 0;
+    for (int64_t at = 0; at < batch; groups++) at += group(at).size;
+    const int64_t items = p.time_varying || !shared ? batch : groups * halves;
+    workers = int(items < p.threads ? items : p.threads);
+  }
+  // A step's work that is worth two threads: below it, starting one (10 us) and packing the arcs twice take longer.
+  static bool worth_halving(const hmm_problem &p) {
+    return p.threads > 1 && p.batch < 7 * int64_t(p.threads) && p.time * (p.states + 32) >= 20000 && p.time >= 64;
   }
   // The group from position `at` on.
   Group group(int64_t at) const {
@@ -25,23 +39,37 @@ struct Grouping {
     int64_t size = most;
     while (size > 1 && left < size - (size > 2)) size /= 2;
     Group g;
-    g.size = int(left < size ? left : size);
-    for (int m = 0; m < g.size; m++) {
-      g.index[m] = order[at + m];
-      g.length[m] = lengths[order[at + m]];
-    }
+    for (int64_t m = 0; m < (left < size ? left : size); m++) g.add(order[at + m], 0, lengths[order[at + m]], false);
     return g;
   }
+  // body(group of whole sequences, its number, half) for each share of this worker's, until it returns false.
+  template <class Body> bool share(int worker, Body body) const {
+    int64_t at = 0, item = 0;
+    for (int64_t k = 0; at < batch; k++) {
+      const Group whole = group(at);
+      at += whole.size;
+      for (int h = 0; h < halves; h++)
+        if (item++ % workers == worker && !body(whole, k, h)) return false;
+    }
+    return true;
+  }
+};
+
+// What the halves of a group end with, and how many of them have.
+struct Meeting {
+  Ends ends[2];
+  int arrived;
 };
 
 template <class Real> struct Forward : Status {
   const hmm_problem &p;
   Grouping grouping;
   const Arcs<Real> *shared;
+  Meeting *meetings;  // one a group
   Real *log_partition, *alpha, *norm, *centre;
   int32_t *method;
 
-  Forward(const hmm_problem &problem, const int64_t *order) : p(problem), grouping(problem, order) {}
+  Forward(const hmm_problem &problem, const Grouping &g) : p(problem), grouping(g) {}
 
   void operator()(int worker, int workers) {
     const FlushToZero flush;
@@ -53,27 +81,12 @@ template <class Real> struct Forward : Status {
     Scratch<Real> rows(kGroupRows * round_up(p.states, kPanel<Real>));
     if (!rows.data) return out_of_memory();
     Redo<Real> redo(p);
-    int64_t at = 0;
-    for (int64_t k = 0; at < p.batch; k++) {
-      const Group group = grouping.group(at);
-      at += group.size;
-      if (k % workers != worker) continue;
-      if (shared) scaled(*shared, group, rows);
-      else {
-        const Arcs<Real> own(Sequence<Real>(p, group.index[0]).transition, p.states, p.time, false);
-        if (!own.allocated()) return out_of_memory();
-        scaled(own, group, rows);
-      }
-      for (int m = 0; m < group.size; m++) {
-        const int64_t b = group.index[m];
-        if (method[b] != HMM_REDONE) continue;
-        double z;
-        if (!redo.forward(b, z)) return out_of_memory();
-        log_partition[b] = Real(z);
-        clear(alpha + b * p.time * p.states, p.lengths[b] * p.states);  // of no use, but the same bits every time
-        clear(centre + b * p.time, p.lengths[b]);
-      }
-    }
+    const bool done = grouping.share(worker, [&](const Group &whole, int64_t k, int half) {
+      if (shared) return walk(*shared, whole, meetings[k], half, rows, redo);
+      const Arcs<Real> own(Sequence<Real>(p, whole.index[0]).transition, p.states, p.time, false);
+      return own.allocated() && walk(own, whole, meetings[k], half, rows, redo);
+    });
+    if (!done) out_of_memory();
   }
 
   // What lies past a sequence's end is 0, so that equal inputs give equal outputs, bit for bit.
@@ -81,10 +94,35 @@ template <class Real> struct Forward : Status {
     clear(x + (b * p.time + p.lengths[b]) * width, (p.time - p.lengths[b]) * width);
   }
 
-  void scaled(const Arcs<Real> &arcs, const Group &group, Real *rows) {
-    if (arcs.usable) forward_group(p, arcs, group, rows, log_partition, alpha, centre, method);
-    else
-      for (int m = 0; m < group.size; m++) method[group.index[m]] = HMM_REDONE;
+  // Walks a group, or a half of it; the half that arrives last joins the two. False: out of memory.
+  bool walk(const Arcs<Real> &arcs, const Group &whole, Meeting &meeting, int half, Real *rows, Redo<Real> &redo) {
+    Ends &ends = meeting.ends[0];
+    if (arcs.usable) {
+      const Group part = grouping.halves == 2 ? whole.half(half == 1) : whole;
+      forward_group(p, arcs, part, rows, alpha, centre, meeting.ends[half]);
+    }
+    if (__atomic_add_fetch(&meeting.arrived, 1, __ATOMIC_ACQ_REL) < grouping.halves) return true;
+    if (arcs.usable && grouping.halves == 2) join_halves(p, arcs, whole, alpha, rows, ends, meeting.ends[1]);
+    for (int m = 0; m < whole.size; m++) {
+      const int64_t b = whole.index[m];
+      if (!arcs.usable || ends.lost[m]) {
+        if (!again(b, redo)) return false;
+        continue;
+      }
+      method[b] = grouping.halves == 2 ? HMM_BOTH_ENDS : HMM_SCALED;
+      log_partition[b] = whole.length[m] ? Real(ends.taken[m] + std::log(ends.total[m])) : Real(0);
+    }
+    return true;
+  }
+
+  bool again(int64_t b, Redo<Real> &redo) {
+    double z;
+    if (!redo.forward(b, z)) return false;
+    method[b] = HMM_REDONE;
+    log_partition[b] = Real(z);
+    clear(alpha + b * p.time * p.states, p.lengths[b] * p.states);  // of no use, but the same bits every time
+    clear(centre + b * p.time, p.lengths[b]);
+    return true;
   }
 
   void log_space(int worker, int workers) {
@@ -109,7 +147,7 @@ template <class Real> struct Backward : Status {
   Real *state, *edge;
   Real *partial;  // (workers, N, N): each worker's share of a gradient summed over the batch
 
-  Backward(const hmm_problem &problem, const int64_t *order) : p(problem), grouping(problem, order) {}
+  Backward(const hmm_problem &problem, const Grouping &g) : p(problem), grouping(g) {}
 
   void operator()(int worker, int workers) {
     const FlushToZero flush;
@@ -122,7 +160,8 @@ template <class Real> struct Backward : Status {
     Redo<Real> redo(p);
     if (shared) {
       Real *mine = edge ? partial + worker * N * N : nullptr;
-      if (!groups(worker, workers, rows, mine, redo)) out_of_memory();
+      for (int half = 0; half < grouping.halves; half++)
+        if (!groups(worker, half, rows, mine, redo)) return out_of_memory();
       return;
     }
     for (int64_t b = worker; b < p.batch; b += workers) {
@@ -134,40 +173,37 @@ template <class Real> struct Backward : Status {
       }
       const Arcs<Real> own(Sequence<Real>(p, b).transition, N, p.time, true);
       Group one;
-      one.size = 1, one.index[0] = b, one.length[0] = p.lengths[b];
+      one.add(b, 0, p.lengths[b], false);
       Counts<Real> counts(mine ? N : 0, grad + b, 1);
       if (!own.allocated() || !counts.allocated()) return out_of_memory();
       backward_group(p, own, one, (Real *)rows, grad, alpha, centre, state, mine ? &counts : nullptr);
-      if (mine) counts.finish(own, mine);
+      if (mine) counts.finish(own, 1, mine);
     }
   }
 
-  bool groups(int worker, int workers, Real *rows, Real *mine, Redo<Real> &redo) {
-    Counts<Real> counts(mine ? p.states : 0, grad, p.batch);
-    if (!counts.allocated()) return false;
-    int64_t at = 0;
-    for (int64_t k = 0; at < p.batch; k++) {
-      const Group all = grouping.group(at);
-      at += all.size;
-      if (k % workers != worker) continue;
+  // This worker's groups, or their first or second halves.
+  bool groups(int worker, int half, Real *rows, Real *mine, Redo<Real> &redo) {
+    std::optional<Counts<Real>> counts;
+    const bool done = grouping.share(worker, [&](const Group &whole, int64_t, int share) {
+      if (share != half) return true;
+      if (mine && !counts) counts.emplace(p.states, grad, p.batch);
+      if (mine && !counts->allocated()) return false;
       Group scaled;
-      for (int m = 0; m < all.size; m++) {
-        const int64_t b = all.index[m];
+      for (int m = 0; m < whole.size; m++) {
+        const int64_t b = whole.index[m];
+        const bool elsewhere = half != m % grouping.halves;  // each half does every other sequence that must be done whole
         if (method[b] == HMM_REDONE) {
-          if (!redo.backward(b, grad[b], state + b * p.time * p.states, mine)) return false;
-          continue;
-        }
-        if (grad[b] == 0) {
-          clear(state + b * p.time * p.states, p.lengths[b] * p.states);
-          continue;
-        }
-        scaled.index[scaled.size] = b;
-        scaled.length[scaled.size++] = p.lengths[b];
+          if (!elsewhere && !redo.backward(b, grad[b], state + b * p.time * p.states, mine)) return false;
+        } else if (grad[b] == 0) {
+          if (!elsewhere) clear(state + b * p.time * p.states, p.lengths[b] * p.states);
+        } else scaled.add(b, 0, p.lengths[b], false);
       }
-      if (scaled.size) backward_group(p, *shared, scaled, rows, grad, alpha, centre, state, mine ? &counts : nullptr);
-    }
-    if (mine) counts.finish(*shared, mine);
-    return true;
+      if (grouping.halves == 2) scaled = scaled.half(half == 1);
+      if (scaled.size) backward_group(p, *shared, scaled, rows, grad, alpha, centre, state, mine ? &*counts : nullptr);
+      return true;
+    });
+    if (counts && done) counts->finish(*shared, half ? -1 : 1, mine);
+    return done;
   }
 
   void log_space(int worker, int workers) {
@@ -186,42 +222,47 @@ template <class Real> struct Backward : Status {
   }
 };
 
+// One matrix for all sequences and frames.
+inline bool one_matrix(const hmm_problem &p) { return !p.time_varying && (p.batch == 1 || !p.transition_batch_stride); }
+
 template <class Real>
 int forward(const hmm_problem &p, const int64_t *order, Parallel parallel, Real *log_partition, Real *alpha, Real *norm,
             Real *centre, int32_t *method) {
   if (p.batch == 0) return HMM_OK;
-  Forward<Real> body(p, order);
+  const bool one = one_matrix(p);
+  Forward<Real> body(p, Grouping(p, order, one, one && p.both_ends && Grouping::worth_halving(p)));
   body.log_partition = log_partition, body.alpha = alpha, body.norm = norm, body.centre = centre, body.method = method;
-  if (p.time_varying || p.transition_batch_stride) {
-    body.shared = nullptr;
-    return run(parallel, p.batch, p.threads, body);
-  }
+  const Scratch<Meeting> meetings(p.batch);
   const FlushToZero flush;
-  const Arcs<Real> shared((const Real *)p.transition, p.states, p.time, false);
-  if (!shared.allocated()) return HMM_OUT_OF_MEMORY;
-  body.shared = &shared;
-  return run(parallel, p.batch, p.threads, body);
+  std::optional<Arcs<Real>> shared;
+  if (one) shared.emplace((const Real *)p.transition, p.states, p.time, body.grouping.halves == 2);
+  if (!meetings.data || (one && !shared->allocated())) return HMM_OUT_OF_MEMORY;
+  body.shared = one ? &*shared : nullptr, body.meetings = meetings;
+  return run(parallel, body.grouping.workers, p.threads, body);
 }
 
 template <class Real>
 int backward(const hmm_problem &p, const int64_t *order, Parallel parallel, const Real *grad, const Real *log_partition,
              const Real *alpha, const Real *norm, const Real *centre, const int32_t *method, Real *state, Real *edge) {
+  const int64_t N = p.states;
   if (p.batch == 0) {
-    if (edge && !p.time_varying && !p.transition_batch_stride) clear(edge, p.states * p.states);
+    if (edge && !p.time_varying && !p.transition_batch_stride) clear(edge, N * N);
     return HMM_OK;
   }
-  Backward<Real> body(p, order);
+  const bool one = one_matrix(p);
+  bool both_ends = false;
+  for (int64_t b = 0; b < p.batch; b++) both_ends |= method[b] == HMM_BOTH_ENDS;
+  Backward<Real> body(p, Grouping(p, order, one, both_ends));
   body.grad = grad, body.log_partition = log_partition, body.alpha = alpha, body.norm = norm, body.centre = centre;
   body.method = method, body.state = state, body.edge = edge, body.shared = nullptr, body.partial = nullptr;
-  if (p.time_varying || p.transition_batch_stride) return run(parallel, p.batch, p.threads, body);
+  const int workers = body.grouping.workers;
+  if (!one) return run(parallel, workers, p.threads, body);
   const FlushToZero flush;
-  const int64_t N = p.states;
   const Arcs<Real> shared((const Real *)p.transition, N, p.time, true);
-  const int workers = int(p.batch < p.threads ? p.batch : p.threads);
   const Scratch<Real> partial(edge ? workers * N * N : 0);
   if (!shared.allocated() || !partial.data) return HMM_OUT_OF_MEMORY;
   body.shared = &shared, body.partial = partial;
-  const int status = run(parallel, p.batch, p.threads, body);
+  const int status = run(parallel, workers, p.threads, body);
   if (edge) {
     std::memcpy(edge, partial, N * N * sizeof(Real));
     for (int worker = 1; worker < workers; worker++)
@@ -294,6 +335,8 @@ template <class Real> struct Sample : Status {
 template <class Real>
 int sample(const hmm_problem &p, Parallel parallel, int64_t samples, const Real *log_partition, const Real *alpha,
            const int32_t *method, const Real *uniform, int64_t *states) {
+  for (int64_t b = 0; b < p.batch; b++)
+    if (method[b] == HMM_BOTH_ENDS) return HMM_INVALID_ARGUMENT;
   Sample<Real> body(p);
   body.samples = samples, body.log_partition = log_partition, body.alpha = alpha, body.method = method;
   body.uniform = uniform, body.states = states;

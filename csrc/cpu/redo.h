@@ -30,7 +30,7 @@ struct Widened {
   bool allocated() const { return initial.data && emission.data && final.data; }
   Group group() const {
     Group g;
-    g.size = 1, g.index[0] = 0, g.length[0] = length;
+    g.add(0, 0, length, false);
     return g;
   }
 };
@@ -110,7 +110,11 @@ template <class Real> struct Redo {
     if (!arcs->usable) return true;
     Scratch<double> rows(kGroupRows * arcs->padded);
     if (!rows.data) return false;
-    forward_group(wide.problem, *arcs, wide.group(), (double *)rows, &log_partition, alpha, centre, &method);
+    Ends ends;
+    forward_group(wide.problem, *arcs, wide.group(), (double *)rows, alpha, centre, ends);
+    if (ends.lost[0]) return true;
+    method = HMM_SCALED;
+    log_partition = wide.length ? ends.taken[0] + std::log(ends.total[0]) : 0;
     return true;
   }
 
@@ -129,7 +133,7 @@ template <class Real> struct Redo {
     if (!counts.allocated() || !rows.data) return false;
     backward_group(wide.problem, *arcs, wide.group(), (double *)rows, &grad, (const double *)alpha,
                    (const double *)centre, (double *)wide_state, edges ? &counts : nullptr);
-    if (edges) counts.finish(*arcs, edges);
+    if (edges) counts.finish(*arcs, 1, edges);
     for (int64_t k = 0; k < L * N; k++) state[k] = Real(wide_state[k]);
     done = true;
     return true;

@@ -10,16 +10,56 @@ constexpr int kGroup = 8;  // sequences that go through a step together, at most
 constexpr double kLn2 = 0.6931471805599453;
 template <class Real> constexpr Real kTiny = std::numeric_limits<Real>::min();
 
-// A group of sequences in the order of falling length: those still running at a frame are the first ones.
+// Where the two halves of a sequence meet: frames before this one belong to the first. Frame 0 always does.
+inline int64_t meeting(int64_t length) { return (length + 1) / 2; }
+
+// Sequences, or halves of them, in the order of falling length: those still running at a step are the first ones.
 struct Group {
   int size = 0;
-  int64_t index[kGroup], length[kGroup];
-  int running(int64_t t) const {
+  int step = 1;                            // 1: from the first frame on; -1: from the last one back, against the arcs
+  int64_t index[kGroup], length[kGroup];   // the sequence and how many of its frames are walked
+  int64_t first[kGroup];                   // the frame where the walk begins
+  bool meets[kGroup];                      // it ends beside the other half, whose message it goes on from
+
+  void add(int64_t b, int64_t begin, int64_t frames, bool half) {
+    index[size] = b, first[size] = begin, length[size] = frames, meets[size++] = half;
+  }
+  Group half(bool second) const {  // of a group of whole sequences
+    Group g;
+    g.step = second ? -1 : 1;
+    for (int m = 0; m < size; m++) {
+      const int64_t middle = meeting(length[m]);
+      if (second) g.add(index[m], length[m] - 1, length[m] - middle, true);
+      else g.add(index[m], 0, middle, length[m] > 1);
+    }
+    return g;
+  }
+  int64_t frame(int m, int64_t t) const { return first[m] + t * step; }
+  int running(int64_t t) const { return first_ones([&](int m) { return length[m] > t; }); }
+  // Those with a message of the step after t, their own or the other half's.
+  int entered(int64_t t) const { return first_ones([&](int m) { return length[m] + meets[m] > t + 1; }); }
+
+ private:
+  template <class Test> int first_ones(Test test) const {
     int n = 0;
-    while (n < size && length[n] > t) n++;
+    while (n < size && test(n)) n++;
     return n;
   }
 };
+
+// What a group's walk ends with: the last message's sum, what was taken out of it, and whether the certificate failed.
+struct Ends {
+  double total[kGroup], taken[kGroup];
+  bool lost[kGroup];
+};
+
+// function(Width<M>) for the smallest M of 1, 2, 4, 8 that holds `rows` rows, which are 1 at least.
+template <class Function> HMM_INLINE void for_rows(int rows, Function function) {
+  if (rows > 4) function(Width<8>{});
+  else if (rows > 2) function(Width<4>{});
+  else if (rows > 1) function(Width<2>{});
+  else function(Width<1>{});
+}
 
 // The largest e + shift of a frame, 0 where all are forbidden. emission, shift: null for zeros.
 template <class Real> HMM_INLINE Real frame_top(const Real *emission, const Real *shift, int64_t N) {
@@ -98,14 +138,14 @@ __attribute__((noinline)) bool reachable(Int<Real> suspect, const Real *previous
   return any<Real>(suspect & reached);
 }
 
-// out[m] = (previous[m] A) * w[m] for the columns from j0, B vectors of them; adds to sum, flags where (entrywise) fails.
+// out[m] = (previous[m] A) * w[m] for the columns from j0, B vectors of them, A being what the panels hold; adds to sum, flags where (entrywise) fails.
 template <int M, int B, class Real>
-HMM_INLINE void forward_columns(const Arcs<Real> &arcs, int64_t j0, const Real *const *previous, const Real *const *w,
-                                Real *const *out, Vec<Real> *sum, bool *flag) {
+HMM_INLINE void forward_columns(const Arcs<Real> &arcs, const Real *panels, int64_t j0, const Real *const *previous,
+                                const Real *const *w, Real *const *out, Vec<Real> *sum, bool *flag) {
   constexpr int P = kPanel<Real>, W = kLanes<Real>;
   const int64_t N = arcs.N;
   const Real smallest = std::ldexp(Real(1), Range<Real>::kEntryBits);
-  const Real *packed = arcs.forward + j0 / P * P * N + j0 % P;
+  const Real *packed = panels + j0 / P * P * N + j0 % P;
   Vec<Real> acc[M][B];
   product<M, B, Real>(previous, packed, N, acc);
 #pragma GCC unroll 16
@@ -123,94 +163,104 @@ HMM_INLINE void forward_columns(const Arcs<Real> &arcs, int64_t j0, const Real *
 }
 
 template <int M, class Real>
-void forward_step(const Arcs<Real> &arcs, const Real *const *previous, const Real *const *w, Real *const *out,
-                  double *total, bool *flag) {
+void forward_step(const Arcs<Real> &arcs, const Real *panels, const Real *const *previous, const Real *const *w,
+                  Real *const *out, double *total, bool *flag) {
   constexpr int W = kLanes<Real>, B = M > 4 ? kPanelVectors / 2 : kPanelVectors;
   Vec<Real> sum[M];
   for (int m = 0; m < M; m++) sum[m] = Vec<Real>{};
   int64_t j = 0;
-  for (; arcs.N - j > (B - 1) * W; j += B * W) forward_columns<M, B>(arcs, j, previous, w, out, sum, flag);
-  for (; j < arcs.N; j += W) forward_columns<M, 1>(arcs, j, previous, w, out, sum, flag);
+  for (; arcs.N - j > (B - 1) * W; j += B * W) forward_columns<M, B>(arcs, panels, j, previous, w, out, sum, flag);
+  for (; j < arcs.N; j += W) forward_columns<M, 1>(arcs, panels, j, previous, w, out, sum, flag);
   for (int m = 0; m < M; m++) total[m] = double(sum_of<Real>(sum[m]));
 }
 
 // Rows of scratch a group needs: per sequence one of weights and one of products, and three to spare.
 constexpr int kGroupRows = 2 * kGroup + 3;
 
+// a_0, or from the end b_{L-1}: 2^30 exp(initial) * w, or 2^30 w.
 template <class Real>
-void forward_group(const hmm_problem &p, const Arcs<Real> &arcs, const Group &group, Real *scratch, Real *log_partition,
-                   Real *alpha, Real *centre, int32_t *method) {
-  constexpr int W = kLanes<Real>;
-  const int64_t N = p.states, padded = arcs.padded;
-  const Real smallest = std::ldexp(Real(1), Range<Real>::kEntryBits), top = std::ldexp(Real(1), kTopBits);
-  Real *weights = scratch, *idle = scratch + kGroup * padded, *spare = idle + padded, *zeros = spare + padded;
-  double taken[kGroup] = {}, total[kGroup];
-  bool flag[kGroup] = {};
-  const int64_t longest = group.size ? group.length[0] : 0;
-  for (int64_t t = 0; t < longest; t++) {
-    const int running = group.running(t);
-    bool hope = false;
-    for (int m = 0; m < running; m++) hope |= !flag[m];
-    if (!hope) break;
-    const Real *previous[kGroup], *w[kGroup];
-    Real *out[kGroup];
-    for (int m = 0; m < kGroup; m++) {  // the rows past the running ones repeat the first, with weight 0, into `idle`
-      const int64_t row = group.index[m < running ? m : 0] * p.time + t;
-      previous[m] = alpha + (row - (t > 0)) * N;
-      out[m] = m < running ? alpha + row * N : idle;
-      w[m] = m < running ? weights + m * padded : zeros;
-      if (m >= running) continue;
-      if (t + kAhead < group.length[m]) {
-        if (p.emission) prefetch<false>((const Real *)p.emission + (row + kAhead) * N, N);
-        prefetch<true>(alpha + (row + kAhead) * N, N);
-      }
-      taken[m] += weigh<true>(Sequence<Real>(p, group.index[m]), arcs, t, centre[row], weights + m * padded, spare);
-    }
-    if (t == 0)
-      for (int m = 0; m < running; m++) {
-        const Sequence<Real> q(p, group.index[m]);
-        const Real initial_top = frame_top<Real>(q.initial, nullptr, N);
-        frame_weights<Real>(q.initial, nullptr, false, initial_top, N, spare);
-        taken[m] += double(initial_top) - kTopBits * kLn2;
-        total[m] = 0;
-        for (int64_t j = 0; j < N; j++) {
-          out[m][j] = spare[j] * top * w[m][j];
-          total[m] += double(out[m][j]);
-          flag[m] |= !arcs.mixing && out[m][j] < smallest && spare[j] > 0 && w[m][j] > 0;
-        }
-      }
-    else if (running > 4) forward_step<8, Real>(arcs, previous, w, out, total, flag);
-    else if (running > 2) forward_step<4, Real>(arcs, previous, w, out, total, flag);
-    else if (running > 1) forward_step<2, Real>(arcs, previous, w, out, total, flag);
-    else forward_step<1, Real>(arcs, previous, w, out, total, flag);
-    for (int m = 0; m < running; m++) {
-      if (!(total[m] >= arcs.least_sum)) {  // infeasible, lost or NaN: redo.h tells which
-        flag[m] = true;
-        continue;
-      }
-      if (t == group.length[m] - 1) log_partition[group.index[m]] = Real(taken[m] + std::log(total[m]));
-      if (total[m] >= std::ldexp(1., kLowestTopBits) && total[m] < std::ldexp(1., kTopBits + 1)) continue;
-      int exponent;
-      std::frexp(total[m], &exponent);
-      const int up = kTopBits + 1 - exponent;
-      const Real scale = std::ldexp(Real(1), up);
-      for (int64_t j = 0; j < N; j += W) store_part(out[m] + j, N - j, load_part(out[m] + j, N - j, Real(0)) * scale);
-      taken[m] -= up * kLn2;
-    }
-  }
-  for (int m = 0; m < group.size; m++) {
-    method[group.index[m]] = flag[m] ? HMM_REDONE : HMM_SCALED;
-    if (group.length[m] == 0) log_partition[group.index[m]] = 0;
+HMM_INLINE void first_message(const Sequence<Real> &q, const Arcs<Real> &arcs, bool from_end, const Real *w, Real *spare,
+                              Real *out, double &total, double &taken, bool &flag) {
+  const Real top = std::ldexp(Real(1), kTopBits), smallest = std::ldexp(Real(1), Range<Real>::kEntryBits);
+  const Real *scores = from_end ? nullptr : q.initial;
+  const Real scores_top = scores ? frame_top<Real>(scores, nullptr, q.states) : Real(0);
+  frame_weights<Real>(scores, nullptr, false, scores_top, q.states, spare);
+  taken += double(scores_top) - kTopBits * kLn2;
+  total = 0;
+  for (int64_t j = 0; j < q.states; j++) {
+    out[j] = spare[j] * top * w[j];
+    total += double(out[j]);
+    flag |= !arcs.mixing && out[j] < smallest && spare[j] > 0 && w[j] > 0;
   }
 }
 
-// out[m] = A u[m] for M sequences.
-template <int M, class Real> void backward_step(const Arcs<Real> &arcs, const Real *const *u, Real *const *out) {
+// Brings a message (N) and its sum back to [2^30, 2^31) by a power of two; returns its exponent.
+template <class Real> int rescale(Real *message, double &total, int64_t N) {
+  constexpr int W = kLanes<Real>;
+  int exponent;
+  std::frexp(total, &exponent);
+  const int up = kTopBits + 1 - exponent;
+  const Real scale = std::ldexp(Real(1), up);
+  for (int64_t j = 0; j < N; j += W) store_part(message + j, N - j, load_part(message + j, N - j, Real(0)) * scale);
+  total = std::ldexp(total, up);
+  return up;
+}
+
+template <class Real>
+void forward_group(const hmm_problem &p, const Arcs<Real> &arcs, const Group &group, Real *scratch, Real *alpha,
+                   Real *centre, Ends &ends) {
+  const int64_t N = p.states, padded = arcs.padded, longest = group.size ? group.length[0] : 0, stride = group.step * N;
+  const Real *panels = arcs.along(group.step), *previous[kGroup], *w[kGroup];
+  Real *weights = scratch, *idle = scratch + kGroup * padded, *spare = idle + padded, *zeros = spare + padded;
+  Real *out[kGroup], *own[kGroup];  // own: where a sequence's message of this step goes
+  double total[kGroup];
+  bool *flag = ends.lost;
+  for (int m = 0; m < group.size; m++) {
+    ends.total[m] = ends.taken[m] = flag[m] = 0;
+    own[m] = alpha + (group.index[m] * p.time + group.first[m]) * N;
+  }
+  for (int64_t t = 0; t < longest; t++) {
+    const int running = group.running(t), rows = running > 4 ? 8 : running > 2 ? 4 : running;
+    bool hope = false;
+    for (int m = 0; m < running; m++) hope |= !flag[m];
+    if (!hope) break;
+    for (int m = 0; m < rows; m++) {  // the rows past the running ones repeat the first, with weight 0, into `idle`
+      previous[m] = (m < running ? own[m] : own[0]) - stride;
+      out[m] = m < running ? own[m] : idle;
+      w[m] = m < running ? weights + m * padded : zeros;
+    }
+    for (int m = 0; m < running; m++) {
+      const int64_t frame = group.frame(m, t), row = group.index[m] * p.time + frame;
+      if (t + kAhead < group.length[m]) {
+        if (p.emission) prefetch<false>((const Real *)p.emission + row * N + kAhead * stride, N);
+        prefetch<true>(out[m] + kAhead * stride, N);
+      }
+      const Sequence<Real> q(p, group.index[m]);
+      ends.taken[m] += weigh<true>(q, arcs, frame, centre[row], weights + m * padded, spare);
+      if (t == 0) first_message<Real>(q, arcs, group.step < 0, w[m], spare, out[m], total[m], ends.taken[m], flag[m]);
+    }
+    if (t > 0)
+      for_rows(running, [&](auto width) {
+        forward_step<decltype(width)::value, Real>(arcs, panels, previous, w, out, total, flag);
+      });
+    for (int m = 0; m < running; m++) {
+      if (!(total[m] >= arcs.least_sum)) flag[m] = true;  // infeasible, lost or NaN: redo.h tells which
+      else if (!(total[m] >= std::ldexp(1., kLowestTopBits) && total[m] < std::ldexp(1., kTopBits + 1)))
+        ends.taken[m] -= rescale(out[m], total[m], N) * kLn2;
+      if (t == group.length[m] - 1) ends.total[m] = total[m];
+      own[m] += stride;
+    }
+  }
+}
+
+// out[m] = A u[m] for M sequences; the panels hold A transposed.
+template <int M, class Real>
+void backward_step(const Arcs<Real> &arcs, const Real *panels, const Real *const *u, Real *const *out) {
   constexpr int P = kPanel<Real>, W = kLanes<Real>, B = M > 4 ? kPanelVectors / 2 : kPanelVectors;
   auto columns = [&](auto width, int64_t i0) {
     constexpr int b = decltype(width)::value;
     Vec<Real> acc[M][b];
-    product<M, b, Real>(u, arcs.backward + i0 / P * P * arcs.N + i0 % P, arcs.N, acc);
+    product<M, b, Real>(u, panels + i0 / P * P * arcs.N + i0 % P, arcs.N, acc);
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 16
@@ -244,41 +294,69 @@ HMM_INLINE void posterior_row(const Real *a, const Real *b, const Real *w, Real 
   }
 }
 
+// log Z of sequences whose halves have met: log sum_ij a_{m-1}(i) A(i, j) b_m(j) and what was taken out. Adds to the first
+// half's ends; where there is no second half they stand as they are.
+template <class Real>
+void join_halves(const hmm_problem &p, const Arcs<Real> &arcs, const Group &whole, const Real *alpha, Real *scratch,
+                 Ends &first, const Ends &second) {
+  const int64_t N = p.states, padded = arcs.padded;
+  int halved = 0;
+  while (halved < whole.size && whole.length[halved] > 1) halved++;
+  if (!halved) return;
+  const Real *u[kGroup];
+  Real *out[kGroup];
+  for (int m = 0; m < kGroup; m++) {
+    const int n = m < halved ? m : 0;
+    u[m] = alpha + (whole.index[n] * p.time + meeting(whole.length[n])) * N;
+    out[m] = scratch + m * padded;
+  }
+  for_rows(halved, [&](auto width) { backward_step<decltype(width)::value, Real>(arcs, arcs.along(-1), u, out); });
+  const double least = std::exp2(kLeastJoinedBits<Real> + 2 * std::log2(double(N)));
+  for (int m = 0; m < halved; m++) {
+    first.total[m] = double(posterior_mass(u[m] - N, out[m], N));
+    first.taken[m] += second.taken[m];
+    first.lost[m] |= second.lost[m] || !(first.total[m] >= least);
+  }
+}
+
 template <class Real>
 void backward_group(const hmm_problem &p, const Arcs<Real> &arcs, const Group &group, Real *scratch, const Real *grad,
                     const Real *alpha, const Real *centre, Real *state, Counts<Real> *counts) {
-  const int64_t N = p.states, padded = arcs.padded;
-  // `next` holds w * b of the frame after; the idle rows of a step go to `idle`.
+  const int64_t N = p.states, padded = arcs.padded, longest = group.size ? group.length[0] : 0;
+  const Real *panels = arcs.along(-group.step);
+  // `next` holds w * b of the step after; the idle rows of a step go to `idle`.
   Real *next = scratch, *beta = next + kGroup * padded, *spare = beta + kGroup * padded, *w = spare + padded, *idle = w + padded;
-  const int64_t longest = group.size ? group.length[0] : 0;
   for (int64_t t = longest - 1; t >= 0; t--) {
-    const int running = group.running(t), before = group.running(t + 1);
+    const int running = group.running(t), entered = group.entered(t);
     const Real *u[kGroup];
     Real *out[kGroup];
     for (int m = 0; m < kGroup; m++) {
-      u[m] = next + (m < before ? m : 0) * padded;
-      out[m] = m < before ? beta + m * padded : idle;
+      u[m] = next + (m < entered ? m : 0) * padded;
+      out[m] = m < entered ? beta + m * padded : idle;
+      if (m < entered && t == group.length[m] - 1)
+        std::memcpy(next + m * padded, alpha + (group.index[m] * p.time + group.frame(m, t + 1)) * N, N * sizeof(Real));
     }
-    if (before > 4) backward_step<8, Real>(arcs, u, out);
-    else if (before > 2) backward_step<4, Real>(arcs, u, out);
-    else if (before > 1) backward_step<2, Real>(arcs, u, out);
-    else if (before > 0) backward_step<1, Real>(arcs, u, out);
+    if (entered)
+      for_rows(entered, [&](auto width) { backward_step<decltype(width)::value, Real>(arcs, panels, u, out); });
     for (int m = 0; m < running; m++) {
-      const int64_t b = group.index[m], frame = b * p.time + t;
-      const Real *a = alpha + frame * N;
+      const int64_t b = group.index[m], frame = group.frame(m, t), row = b * p.time + frame;
+      const Real *a = alpha + row * N;
       if (t >= kAhead) {
-        prefetch<false>(a - kAhead * N, N);
-        if (p.emission) prefetch<false>((const Real *)p.emission + (frame - kAhead) * N, N);
-        prefetch<true>(state + (frame - kAhead) * N, N);
+        const int64_t ahead = kAhead * group.step * N;
+        prefetch<false>(a - ahead, N);
+        if (p.emission) prefetch<false>((const Real *)p.emission + row * N - ahead, N);
+        prefetch<true>(state + row * N - ahead, N);
       }
       Real *const y = beta + m * padded;
-      if (m >= before)
+      if (m >= entered)
         for (int64_t j = 0; j < N; j++) y[j] = 1;
       const Real inverse = Real(1) / posterior_mass(a, y, N);
-      if (counts && m < before) counts->add(a, grad[b] * counts->grad_scale * inverse, next + m * padded);
-      Real found = t ? centre[frame] : Real(0);
-      if (t) weigh<false>(Sequence<Real>(p, b), arcs, t, found, w, spare);
-      posterior_row<Real>(a, y, t ? w : nullptr, grad[b], inverse, N, state + frame * N, next + m * padded);
+      // The arcs from one half to the other are counted by the first.
+      if (counts && m < entered && (group.step > 0 || t < group.length[m] - 1))
+        counts->add(a, grad[b] * counts->grad_scale * inverse, next + m * padded);
+      Real found = t ? centre[row] : Real(0);
+      if (t) weigh<false>(Sequence<Real>(p, b), arcs, frame, found, w, spare);
+      posterior_row<Real>(a, y, t ? w : nullptr, grad[b], inverse, N, state + row * N, next + m * padded);
     }
   }
 }

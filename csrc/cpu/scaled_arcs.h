@@ -45,6 +45,7 @@ constexpr int kPanelVectors = 4;  // a panel of packed columns; 32 registers: up
 #else
 constexpr int kPanelVectors = 2;
 #endif
+template <class Real> constexpr int kLeastJoinedBits = Range<Real>::kSmallestBits + kTopBits + 1 + Range<Real>::kPrecision + 6;
 template <class Real> constexpr int kPanel = kPanelVectors * kLanes<Real>;
 
 template <int B> struct Width {
@@ -131,6 +132,8 @@ template <class Real> struct Arcs {
         }
   }
   bool allocated() const { return forward.data && backward.data && shift.data; }
+  // The panels that lead a message on: with the arcs (step 1) or against them (-1).
+  const Real *along(int step) const { return step > 0 ? forward : backward; }
 };
 
 }  // namespace

@@ -24,8 +24,9 @@ extern "C" {
 enum hmm_status { HMM_OK = 0, HMM_INVALID_ARGUMENT = 1, HMM_OUT_OF_MEMORY = 2 };
 
 /* How a sequence was computed: by scaled probabilities, certified exact; again in float64, since they could not be
- * certified (csrc/cpu/scaled_arcs.h, redo.h); or in log space, as time-varying transitions are. */
-enum hmm_method { HMM_SCALED = 0, HMM_REDONE = 1, HMM_LOG_SPACE = 2 };
+ * certified (csrc/cpu/scaled_arcs.h, redo.h); in log space, as time-varying transitions are; or by scaled probabilities
+ * from both ends at once. */
+enum hmm_method { HMM_SCALED = 0, HMM_REDONE = 1, HMM_LOG_SPACE = 2, HMM_BOTH_ENDS = 3 };
 
 typedef struct hmm_problem {
   int64_t batch, time, states;  /* B, T, N */
@@ -40,12 +41,14 @@ typedef struct hmm_problem {
   int64_t final_batch_stride;
   int32_t time_varying; /* 1: transitions (or the gradient asked for) have a time axis; log space throughout */
   int32_t threads;      /* at least 1 */
+  int32_t both_ends;    /* 1: hmm_forward may walk sequences from both ends where there are threads for it */
 } hmm_problem;
 
 /* Forward algorithm.
  *   log_partition (B,), alpha (B, T, N), norm (B, T, N), centre (B, T), method (B,) out.
  * HMM_SCALED: alpha is proportional to p(z_t | x_0..t), its sum in [2^18, 2^31), and centre is the frame's largest
- * score. HMM_REDONE: both hold zeros. HMM_LOG_SPACE: alpha holds log messages whose maximum is 0, and norm + centre is
+ * score. HMM_BOTH_ENDS: so it is for the first (L + 1) / 2 frames; in the others alpha is proportional to
+ * p(x_t..L-1 | z_t). HMM_REDONE: both hold zeros. HMM_LOG_SPACE: alpha holds log messages whose maximum is 0, and norm + centre is
  * the log-sum over the previous state, before emission. Where time_varying is 0, norm is not used and may be NULL.
  */
 HMM_API int hmm_forward_f32(const hmm_problem *, float *log_partition, float *alpha, float *norm, float *centre, int32_t *method);
@@ -66,7 +69,7 @@ HMM_API int hmm_backward_f64(const hmm_problem *, const double *grad, const doub
 HMM_API int hmm_viterbi_f32(const hmm_problem *, float *score, float *delta, int64_t *states);
 HMM_API int hmm_viterbi_f64(const hmm_problem *, double *score, double *delta, int64_t *states);
 
-/* Posterior samples by inverse-CDF backward walks, from the forward pass's outputs.
+/* Posterior samples by inverse-CDF backward walks, from the outputs of a forward pass with both_ends = 0.
  *   uniform (S, B, T) in [0, 1); states (S, B, T) out, -1 past the end and where no path is feasible. */
 HMM_API int hmm_sample_f32(const hmm_problem *, int64_t samples, const float *log_partition, const float *alpha,
                    const int32_t *method, const float *uniform, int64_t *states);

@@ -75,8 +75,9 @@ class _Call:
             )
 
 
-def _forward(initial, transition, emission, lengths, final):
+def _forward(initial, transition, emission, lengths, final, both_ends=True):
     call = _Call(initial, transition, emission, lengths, final)
+    call.problem.both_ends = both_ends
     batch, time, num_states = call.shape
     log_partition, alpha = call.empty(batch), call.empty(batch, time, num_states)
     norm = call.empty(*call.shape if call.time_varying else (0,))
@@ -84,7 +85,7 @@ def _forward(initial, transition, emission, lengths, final):
     method = call.empty(batch, dtype=torch.int32)
     call("forward", log_partition, alpha, norm, centre, method)
     if not call.time_varying:
-        library.count_redone(int(method.count_nonzero()))  # HMM_REDONE; HMM_SCALED is 0
+        library.count_redone(int((method == library.REDONE).sum()))
     return log_partition, alpha, norm, centre, method
 
 
@@ -104,7 +105,7 @@ def _viterbi(initial, transition, emission, lengths, final):
 
 
 def _sample(initial, transition, emission, lengths, final, uniform):
-    log_partition, alpha, _, _, method = _forward(initial, transition, emission, lengths, final)
+    log_partition, alpha, _, _, method = _forward(initial, transition, emission, lengths, final, both_ends=False)
     call = _Call(initial, transition, emission, lengths, final)
     states = call.empty(*uniform.shape, dtype=torch.int64)
     call("sample", uniform.shape[0], log_partition, alpha, method, uniform.contiguous(), states)
