@@ -1,6 +1,7 @@
 """A differentiable hidden Markov model layer: exact, fast, on torch alone."""
 
 from .api import HMM, HMMForward, TopK, Viterbi, log_partition
+from .filter import HMMFilter
 from .layer import HMMLayer
 from .library import Backend, backend, use_backend
 from .structures import Active, Banded, Chunked, LowRank
@@ -11,6 +12,7 @@ __all__ = [
     "Backend",
     "Banded",
     "Chunked",
+    "HMMFilter",
     "HMMForward",
     "HMMLayer",
     "LowRank",
