@@ -109,7 +109,14 @@ template <class Body> int guarded(const hmm_problem *p, Body body) {
     });                                                                                                                 \
   }                                                                                                                     \
   int hmm_viterbi_##suffix(const hmm_problem *p, Real *score, Real *delta, int64_t *states) {                           \
-    return guarded(p, [&] { return chosen().suffix.viterbi(*p, parallel, score, delta, states); });                     \
+    return guarded(p, [&] {                                                                                             \
+      return chosen().suffix.viterbi(*p, by_falling_length(*p).data(), parallel, score, delta, states);                 \
+    });                                                                                                                 \
+  }                                                                                                                     \
+  int hmm_topk_##suffix(const hmm_problem *p, int64_t k, Real *score, int64_t *states) {                                \
+    return guarded(p, [&] {                                                                                             \
+      return chosen().suffix.topk(*p, by_falling_length(*p).data(), parallel, k, score, states);                        \
+    });                                                                                                                 \
   }                                                                                                                     \
   int hmm_sample_##suffix(const hmm_problem *p, int64_t samples, const Real *log_partition, const Real *alpha,          \
                           const int32_t *method, const Real *uniform, int64_t *states) {                                \

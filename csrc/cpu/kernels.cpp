@@ -4,7 +4,9 @@
 
 #include "parallel.h"
 #include "redo.h"
+#include "sampling.h"
 #include "tangent.h"
+#include "topk.h"
 #include "viterbi.h"
 
 namespace {
@@ -273,23 +275,74 @@ int backward(const hmm_problem &p, const int64_t *order, Parallel parallel, cons
 
 template <class Real> struct Viterbi : Status {
   const hmm_problem &p;
+  Grouping grouping;
+  const MaxArcs<Real> *shared = nullptr;
   Real *score, *delta;
   int64_t *states;
-  Viterbi(const hmm_problem &problem, Real *s, Real *d, int64_t *z) : p(problem), score(s), delta(d), states(z) {}
+  Viterbi(const hmm_problem &problem, const int64_t *order, Real *s, Real *d, int64_t *z)
+      : p(problem), grouping(problem, order, !problem.transition_batch_stride && !problem.time_varying, false), score(s), delta(d), states(z) {}
+
   void operator()(int worker, int workers) {
     const FlushToZero flush;
-    Scratch<Real> rows(round_up(p.states, 4 * kLanes<Real>));
+    Scratch<Real> rows(kViterbiRows * round_up(p.states, kPanel<Real>));
     if (!rows.data) return out_of_memory();
-    for (int64_t b = worker; b < p.batch; b += workers) {
-      int64_t *path = states + b * p.time;
-      score[b] = Real(viterbi_sequence(Sequence<Real>(p, b), delta + b * p.time * p.states, path, (Real *)rows));
-      for (int64_t t = p.lengths[b]; t < p.time; t++) path[t] = -1;
+    int64_t at = 0;
+    for (int64_t k = 0; at < p.batch; k++) {
+      const Group group = grouping.group(at);
+      at += group.size;
+      if (k % workers != worker) continue;
+      if (shared || p.time_varying) viterbi_group(p, shared, group, (Real *)rows, score, delta, states);
+      else {
+        const MaxArcs<Real> own(Sequence<Real>(p, group.index[0]).transition, p.time > 1 ? p.states : 0);
+        if (!own.allocated()) return out_of_memory();
+        viterbi_group(p, &own, group, (Real *)rows, score, delta, states);
+      }
     }
   }
 };
 
-template <class Real> int viterbi(const hmm_problem &p, Parallel parallel, Real *score, Real *delta, int64_t *states) {
-  Viterbi<Real> body(p, score, delta, states);
+template <class Real>
+int viterbi(const hmm_problem &p, const int64_t *order, Parallel parallel, Real *score, Real *delta, int64_t *states) {
+  Viterbi<Real> body(p, order, score, delta, states);
+  if (p.time_varying || p.transition_batch_stride || p.time < 2) return run(parallel, p.batch, p.threads, body);
+  const MaxArcs<Real> shared((const Real *)p.transition, p.states);
+  if (!shared.allocated()) return HMM_OUT_OF_MEMORY;
+  body.shared = &shared;
+  return run(parallel, p.batch, p.threads, body);
+}
+
+template <class Real> struct TopK : Status {
+  const hmm_problem &p;
+  const int64_t *order;
+  int64_t k;
+  const MaxArcs<Real> *shared = nullptr;
+  Real *score;
+  int64_t *states;
+  explicit TopK(const hmm_problem &problem) : p(problem) {}
+
+  void operator()(int worker, int workers) {
+    const FlushToZero flush;
+    for (int64_t n = worker; n < p.batch; n += workers) {
+      const int64_t b = order[n];
+      const Sequence<Real> q(p, b);
+      const Paths<Real> paths = {score + b, states + b * p.time, p.batch, p.batch * p.time};
+      std::optional<MaxArcs<Real>> own;
+      if (!shared && !p.time_varying) own.emplace(q.transition, p.time > 1 ? p.states : 0);
+      if (own && !own->allocated()) return out_of_memory();
+      if (!topk_sequence(q, own ? &*own : shared, k, p.time, paths)) return out_of_memory();
+    }
+  }
+};
+
+template <class Real>
+int topk(const hmm_problem &p, const int64_t *order, Parallel parallel, int64_t k, Real *score, int64_t *states) {
+  if (k < 1 || k > std::numeric_limits<int32_t>::max() / p.states) return HMM_INVALID_ARGUMENT;
+  TopK<Real> body(p);
+  body.order = order, body.k = k, body.score = score, body.states = states;
+  if (p.time_varying || p.transition_batch_stride || p.time < 2) return run(parallel, p.batch, p.threads, body);
+  const MaxArcs<Real> shared((const Real *)p.transition, p.states);
+  if (!shared.allocated()) return HMM_OUT_OF_MEMORY;
+  body.shared = &shared;
   return run(parallel, p.batch, p.threads, body);
 }
 
@@ -343,7 +396,10 @@ int sample(const hmm_problem &p, Parallel parallel, int64_t samples, const Real 
   return run(parallel, p.batch, p.threads, body);
 }
 
-template <class Real> constexpr Kernels<Real> table() { return {forward<Real>, backward<Real>, viterbi<Real>, sample<Real>, tangent<Real>}; }
+template <class Real>
+constexpr Kernels<Real> table() {
+  return {forward<Real>, backward<Real>, viterbi<Real>, topk<Real>, sample<Real>, tangent<Real>};
+}
 
 }  // namespace
 

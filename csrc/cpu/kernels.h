@@ -10,7 +10,8 @@ template <class Real> struct Kernels {
                  int32_t *method);
   int (*backward)(const hmm_problem &, const int64_t *order, Parallel, const Real *grad, const Real *log_partition,
                   const Real *alpha, const Real *norm, const Real *centre, const int32_t *method, Real *state, Real *edge);
-  int (*viterbi)(const hmm_problem &, Parallel, Real *score, Real *delta, int64_t *states);
+  int (*viterbi)(const hmm_problem &, const int64_t *order, Parallel, Real *score, Real *delta, int64_t *states);
+  int (*topk)(const hmm_problem &, const int64_t *order, Parallel, int64_t k, Real *score, int64_t *states);
   int (*sample)(const hmm_problem &, Parallel, int64_t samples, const Real *log_partition, const Real *alpha,
                 const int32_t *method, const Real *uniform, int64_t *states);
   int (*tangent)(const hmm_problem &, Parallel, const Real *grad, const Real *direction_state, const Real *direction_edge,

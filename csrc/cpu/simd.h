@@ -51,6 +51,10 @@ template <class Real> constexpr int kLanes = HMM_VECTOR_BYTES / int(sizeof(Real)
 // x - 0 is x even for -0, so that the compiler leaves a plain broadcast (0 + x is not).
 template <class Real> HMM_INLINE Vec<Real> splat(Real x) { return x - Vec<Real>{}; }
 
+template <class Real> HMM_INLINE Int<Real> splat_integer(int64_t n) {
+  return Int<Real>{} + (decltype(Int<Real>{}[0]))n;
+}
+
 template <class Real> HMM_INLINE Vec<Real> load(const Real *p) {
   Vec<Real> v;
   std::memcpy(&v, p, sizeof v);
@@ -113,6 +117,27 @@ HMM_INLINE Vec<double> load_as(const float *p, int64_t n, double fill) {
 
 template <class V> HMM_INLINE V larger(V a, V b) { return a > b ? a : b; }  // NaN in b is kept, NaN in a is not
 
+// a + b by the multiplier, as a * 1 + b, which rounds alike. AMD's Zen 4 and 5 run it beside a maximum, which an addition
+// would keep waiting: the two share ports.
+HMM_INLINE Vec<float> sum_beside_max(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_fmadd_ps((__m512)a, _mm512_set1_ps(1), (__m512)b);
+#elif defined(__FMA__)
+  return (Vec<float>)_mm256_fmadd_ps((__m256)a, _mm256_set1_ps(1), (__m256)b);
+#else
+  return a + b;
+#endif
+}
+HMM_INLINE Vec<double> sum_beside_max(Vec<double> a, Vec<double> b) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, _mm512_set1_pd(1), (__m512d)b);
+#elif defined(__FMA__)
+  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, _mm256_set1_pd(1), (__m256d)b);
+#else
+  return a + b;
+#endif
+}
+
 template <class Real> HMM_INLINE Real sum_of(Vec<Real> v) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(Real) == 4) return _mm512_reduce_add_ps((__m512)v);
@@ -133,6 +158,16 @@ template <class Real> HMM_INLINE Real max_of(Vec<Real> v) {
   return m;
 #endif
 }
+template <class Real> HMM_INLINE int64_t min_of(Int<Real> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Real) == 4) return _mm512_reduce_min_epi32((__m512i)v);
+  else return _mm512_reduce_min_epi64((__m512i)v);
+#else
+  int64_t m = v[0];
+  for (int k = 1; k < kLanes<Real>; k++) m = v[k] < m ? v[k] : m;
+  return m;
+#endif
+}
 template <class Real> HMM_INLINE bool any(Int<Real> mask) {
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
@@ -142,6 +177,22 @@ template <class Real> HMM_INLINE bool any(Int<Real> mask) {
   for (int k = 0; k < kLanes<Real>; k++)
     if (mask[k]) return true;
   return false;
+#endif
+}
+
+// Is some lane of a greater than that of b?
+HMM_INLINE bool any_greater(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+#else
+  return any<float>(a > b);
+#endif
+}
+HMM_INLINE bool any_greater(Vec<double> a, Vec<double> b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ) != 0;
+#else
+  return any<double>(a > b);
 #endif
 }
 

@@ -1,15 +1,55 @@
-// Viterbi algorithm (Rabiner 1989, section III.B) and posterior sampling.
+// Viterbi algorithm (Rabiner 1989, section III.B).
 //
 //   delta_t(j) = max_i [delta_{t-1}(i) + phi_t(i, j)] + e_t(j), re-centred to maximum 0 at each step
-//
-// No back-pointers are stored: walking back, the best predecessor of one state is found again from delta, N additions a
-// frame against N^2 of the sweep, which is then free of comparisons' indices. Cost a frame: N^2 additions and maxima
-// (2/16 operations an arc), 4 N^2 bytes of arcs from cache or memory. Limits: none on N or T.
 #pragma once
 #include "log_space.h"
+#include "max_arcs.h"
+#include "scaled.h"
 
 namespace {
 
+// acc[m][v] = max_k (x[m][k] + packed[k][v]), for B vectors of one panel of packed columns.
+template <int M, int B, class Real>
+HMM_INLINE void max_product(const Real *const *x, const Real *packed, int64_t K, Vec<Real> (&acc)[M][B]) {
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 16
+    for (int v = 0; v < B; v++) acc[m][v] = splat(kNegativeInfinity<Real>);
+  const Real *row[M];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++) row[m] = x[m];
+  for (int64_t k = 0; k < K; k++) {
+    Vec<Real> a[B];
+#pragma GCC unroll 16
+    for (int v = 0; v < B; v++) a[v] = load(packed + k * kPanel<Real> + v * kLanes<Real>);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+      const Vec<Real> s = splat(row[m][k]);
+#pragma GCC unroll 16
+      for (int v = 0; v < B; v++) acc[m][v] = larger(acc[m][v], sum_beside_max(a[v], s));
+    }
+  }
+}
+
+// out[m](j) = max_i (previous[m](i) + phi(i, j)) for M sequences.
+template <int M, class Real>
+void max_step(const MaxArcs<Real> &arcs, const Real *const *previous, Real *const *out) {
+  constexpr int P = kPanel<Real>, W = kLanes<Real>, B = M > 4 ? kPanelVectors / 2 : kPanelVectors;
+  auto columns = [&](auto width, int64_t j0) {
+    constexpr int b = decltype(width)::value;
+    Vec<Real> acc[M][b];
+    max_product<M, b, Real>(previous, arcs.packed + j0 / P * P * arcs.N + j0 % P, arcs.N, acc);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 16
+      for (int v = 0; v < b; v++) store(out[m] + j0 + v * W, acc[m][v]);
+  };
+  int64_t j = 0;
+  for (; arcs.N - j > (B - 1) * W; j += B * W) columns(Width<B>{}, j);
+  for (; j < arcs.N; j += W) columns(Width<1>{}, j);
+}
+
+// The same for one sequence and arcs as they came, (N, N).
 template <int B, class Real>
 HMM_INLINE void max_columns(const Real *arcs, const Real *delta, int64_t N, int64_t j0, Real *out) {
   constexpr int W = kLanes<Real>;
@@ -21,99 +61,94 @@ HMM_INLINE void max_columns(const Real *arcs, const Real *delta, int64_t N, int6
       m[v] = larger(m[v], load_part(arcs + i * N + j0 + v * W, N - j0 - v * W, ninf) + delta[i]);
   for (int v = 0; v < B; v++) store(out + j0 + v * W, m[v]);
 }
-
-template <class Real>
-double viterbi_sequence(const Sequence<Real> &q, Real *delta, int64_t *states, Real *scratch /* 4 W round_up(N) */) {
+template <class Real> void max_step(const Real *arcs, const Real *delta, int64_t N, Real *out) {
   constexpr int W = kLanes<Real>;
-  const int64_t N = q.states, L = q.length;
-  const Real ninf = kNegativeInfinity<Real>;
-  double offset = 0;
-  if (L == 0) return 0;
-  bool feasible = true;
-  for (int64_t t = 0; t < L && feasible; t++) {
-    Real top = 0;
-    if (t == 0) {
-      top = row_max<Real, Real>(q.initial, N);
-      for (int64_t j = 0; j < N; j += W) store(scratch + j, load_part(q.initial + j, N - j, ninf) - top);
-    } else {
-      int64_t j = 0;
-      for (; N - j > 3 * W; j += 4 * W) max_columns<4>(q.arcs(t), delta + (t - 1) * N, N, j, scratch);
-      for (; j < N; j += W) max_columns<1>(q.arcs(t), delta + (t - 1) * N, N, j, scratch);
-    }
-    offset += double(top);
-    feasible = centre_row<Real, Real>(scratch, q.emission ? q.frame(t) : nullptr, t == L - 1 ? q.final : nullptr, N,
-                                      delta + t * N, offset);
-  }
-  if (!feasible) {
-    for (int64_t t = 0; t < L; t++) states[t] = -1;
-    return offset == offset ? -std::numeric_limits<double>::infinity() : offset;
-  }
-  int64_t best = 0;
-  const Real *last = delta + (L - 1) * N;
-  for (int64_t j = 1; j < N; j++)
-    if (last[j] > last[best]) best = j;
-  states[L - 1] = best;
-  for (int64_t t = L - 1; t > 0; t--) {
-    const Real *row = delta + (t - 1) * N, *column = q.arcs(t) + best;
-    Real top = ninf;
-    best = 0;
-    for (int64_t i = 0; i < N; i++) {
-      const Real x = row[i] + column[i * N];
-      if (x > top) top = x, best = i;
-    }
-    states[t - 1] = best;
-  }
-  return offset;  // the maximum of the last delta is 0
+  int64_t j = 0;
+  for (; N - j > 3 * W; j += 4 * W) max_columns<4>(arcs, delta, N, j, out);
+  for (; j < N; j += W) max_columns<1>(arcs, delta, N, j, out);
 }
 
-// A state drawn with probability proportional to weight (N), by the inverse of the cumulative distribution.
-template <class Real> HMM_INLINE int64_t draw(const Real *weight, int64_t N, Real uniform) {
-  double total = 0;
-  for (int64_t i = 0; i < N; i++) total += double(weight[i]);
-  double left = double(uniform) * total;
-  int64_t last = 0;
-  for (int64_t i = 0; i < N; i++) {
-    if (!(weight[i] > 0)) continue;
-    last = i;
-    left -= double(weight[i]);
-    if (left < 0) break;
+// The smallest i whose row(i) + into(i) is the maximum. into is padded to whole vectors.
+template <class Real> HMM_INLINE int64_t best_state(const Real *row, const Real *into, int64_t N) {
+  constexpr int W = kLanes<Real>;
+  Vec<Real> top = splat(kNegativeInfinity<Real>);
+  Int<Real> at = {}, index;
+  for (int v = 0; v < W; v++) index[v] = v;
+  for (int64_t i = 0; i < N; i += W, index += W) {
+    const Vec<Real> s = load_part(row + i, N - i, kNegativeInfinity<Real>) + load(into + i);
+    at = s > top ? index : at;
+    top = larger(top, s);
   }
-  return last;
+  return min_of<Real>(top == max_of<Real>(top) ? at : splat_integer<Real>(std::numeric_limits<int32_t>::max()));
 }
 
-// z_{L-1} ~ alpha_{L-1},  z_{t-1} ~ alpha_{t-1}(i) exp(phi_t(i, z_t)). columns: phi transposed (N, N), or null to gather.
+// Rows of scratch a group needs: one of products a sequence, one for idle products, one of zeros.
+constexpr int kViterbiRows = kGroup + 2;
+
+// arcs: null where transitions vary over time; the group has one sequence then.
 template <class Real>
-void sample_sequence(const Sequence<Real> &q, bool scaled, const Real *alpha, const Real *columns, const Real *uniform,
-                     int64_t *states, Real *scratch /* 2 round_up(N) */) {
+void viterbi_group(const hmm_problem &p, const MaxArcs<Real> *arcs, const Group &group, Real *scratch, Real *score,
+                   Real *delta, int64_t *states) {
   constexpr int W = kLanes<Real>;
-  const int64_t N = q.states, L = q.length;
   const Real ninf = kNegativeInfinity<Real>;
-  Real *weight = scratch, *gathered = scratch + round_up(N, W);
-  for (int64_t t = L - 1; t >= 0; t--) {
-    const Real *arcs = nullptr;
-    if (t < L - 1) {
-      arcs = columns ? columns + states[t + 1] * N : gathered;
-      if (!columns)
-        for (int64_t i = 0; i < N; i++) gathered[i] = q.arcs(t + 1)[i * N + states[t + 1]];
+  const int64_t N = p.states, padded = round_up(N, kPanel<Real>), longest = group.size ? group.length[0] : 0;
+  Real *const next = scratch, *const idle = next + kGroup * padded, *const into = idle + padded;
+  double offset[kGroup] = {};
+  bool lost[kGroup] = {};  // no path is feasible, or some score is NaN
+  auto row = [&](int m, int64_t t) { return delta + (group.index[m] * p.time + t) * N; };
+  for (int64_t t = 0; t < longest; t++) {
+    int live[kGroup], n = 0;
+    for (int m = 0; m < group.running(t); m++)
+      if (!lost[m]) live[n++] = m;
+    if (n == 0) break;
+    const Real *previous[kGroup];
+    Real *out[kGroup];
+    for (int k = 0; k < kGroup; k++) {  // rows past the live ones repeat the first
+      previous[k] = row(live[k < n ? k : 0], t - (t > 0));
+      out[k] = k < n ? next + k * padded : idle;
     }
-    const Real *a = alpha + t * N;
-    Real top = arcs ? row_max<Real, Real>(arcs, N) : Real(0);
-    auto score = [&](int64_t i) {
-      Vec<Real> s = arcs ? load_part(arcs + i, N - i, ninf) - top : Vec<Real>{};
-      return scaled ? s : s + load_part(a + i, N - i, ninf);
-    };
-    if (!scaled) {  // log messages: the sum's own maximum keeps the weights from vanishing
-      Vec<Real> m = splat(ninf);
-      for (int64_t i = 0; i < N; i += W) m = larger(m, score(i));
-      top += max_of<Real>(m) == ninf ? Real(0) : max_of<Real>(m);
-      if (!arcs) top = 0;
+    if (t == 0)
+      for (int k = 0; k < n; k++) {
+        const Sequence<Real> q(p, group.index[live[k]]);
+        const Real top = row_max<Real, Real>(q.initial, N);
+        for (int64_t j = 0; j < N; j += W) store(out[k] + j, load_part(q.initial + j, N - j, ninf) - top);
+        offset[live[k]] = double(top);
+      }
+    else if (!arcs) max_step(Sequence<Real>(p, group.index[0]).arcs(t), previous[0], N, out[0]);
+    else if (n > 4) max_step<8>(*arcs, previous, out);
+    else if (n > 2) max_step<4>(*arcs, previous, out);
+    else if (n > 1) max_step<2>(*arcs, previous, out);
+    else max_step<1>(*arcs, previous, out);
+    for (int k = 0; k < n; k++) {
+      const int m = live[k];
+      const Sequence<Real> q(p, group.index[m]);
+      if (t + kAhead < q.length) {
+        if (p.emission) prefetch<false>(q.frame(t + kAhead), N);
+        prefetch<true>(row(m, t + kAhead), N);
+      }
+      if (t > 0 && arcs && arcs->invalid) offset[m] = std::numeric_limits<double>::quiet_NaN();
+      lost[m] = !centre_row<Real, Real>(out[k], q.emission ? q.frame(t) : nullptr, t == q.length - 1 ? q.final : nullptr,
+                                        N, row(m, t), offset[m]);
     }
-    for (int64_t i = 0; i < N; i += W) {
-      Vec<Real> x = exp<Real>(score(i));
-      store(weight + i, scaled ? x * load_part(a + i, N - i, Real(0)) : x);
-    }
-    states[t] = draw(weight, N, uniform[t]);
   }
+  for (int m = 0; m < group.size; m++) {  // the maximum of the last delta is 0
+    lost[m] |= offset[m] != offset[m];
+    score[group.index[m]] = Real(lost[m] && offset[m] == offset[m] ? ninf : offset[m]);
+    for (int64_t t = lost[m] ? 0 : group.length[m]; t < p.time; t++) states[group.index[m] * p.time + t] = -1;
+  }
+  for (int64_t t = longest - 1; t >= 0; t--)
+    for (int m = 0; m < group.running(t); m++) {
+      if (lost[m]) continue;
+      int64_t *const path = states + group.index[m] * p.time + t;
+      const Sequence<Real> q(p, group.index[m]);
+      const Real *column = into;
+      if (t == q.length - 1) clear(into, padded);
+      else if (arcs) column = arcs->columns + path[1] * padded;
+      else
+        for (int64_t i = 0; i < N; i++) into[i] = q.arcs(t + 1)[i * N + path[1]];
+      if (t >= kAhead) prefetch<false>(row(m, t - kAhead), N);
+      path[0] = best_state<Real>(row(m, t), column, N);
+    }
 }
 
 }  // namespace

@@ -69,6 +69,13 @@ HMM_API int hmm_backward_f64(const hmm_problem *, const double *grad, const doub
 HMM_API int hmm_viterbi_f32(const hmm_problem *, float *score, float *delta, int64_t *states);
 HMM_API int hmm_viterbi_f64(const hmm_problem *, double *score, double *delta, int64_t *states);
 
+/* The k best paths, best first: score (k, B) and states (k, B, T) out, -inf and -1 where there are fewer paths and past
+ * the end. No path comes twice; which of several with equal scores are taken, and in which order, is the same every time.
+ * 1 <= k, and k N below 2^31; a thread takes T N k bytes while it works, twice that for k N over 256 and four times for
+ * k N over 65536. */
+HMM_API int hmm_topk_f32(const hmm_problem *, int64_t k, float *score, int64_t *states);
+HMM_API int hmm_topk_f64(const hmm_problem *, int64_t k, double *score, int64_t *states);
+
 /* Posterior samples by inverse-CDF backward walks, from the outputs of a forward pass with both_ends = 0.
  *   uniform (S, B, T) in [0, 1); states (S, B, T) out, -1 past the end and where no path is feasible. */
 HMM_API int hmm_sample_f32(const hmm_problem *, int64_t samples, const float *log_partition, const float *alpha,

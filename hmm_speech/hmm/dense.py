@@ -42,7 +42,7 @@ class DenseChain(Chain):
         return torch.ops.hmm_speech.viterbi(*self.scores) if self.native else reference.viterbi(*self.scores)
 
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
-        return reference.topk(*self.scores, k)
+        return torch.ops.hmm_speech.topk(*self.scores, k) if self.native else reference.topk(*self.scores, k)
 
     def sample(self, uniform: Tensor) -> Tensor:
         scores = [x if x is None else x.detach() for x in self.scores]

@@ -72,6 +72,7 @@ def _declare(handle: ctypes.CDLL) -> None:
         "tangent": [pointer] * 6,
     }
     arguments["sample"] = [ctypes.c_int64] + [pointer] * 5
+    arguments["topk"] = [ctypes.c_int64] + [pointer] * 2
     for name, types in arguments.items():
         for suffix in ("f32", "f64"):
             getattr(handle, f"hmm_{name}_{suffix}").argtypes = [problem, *types]

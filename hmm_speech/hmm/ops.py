@@ -1,6 +1,6 @@
 """The native kernels as torch operators, and the autograd functions around them.
 
-``torch.ops.hmm_speech.forward / backward / viterbi / sample`` wrap csrc/include/hmm_speech.h one to one: they expect
+``torch.ops.hmm_speech.forward / backward / viterbi / topk / sample`` wrap csrc/include/hmm_speech.h one to one: they expect
 arguments that :mod:`hmm_speech.hmm.checks` has seen, allocate what they return with torch and write to nothing else.
 """
 
@@ -20,6 +20,7 @@ _lib = torch.library.Library("hmm_speech", "DEF")
 _lib.define(f"forward({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 _lib.define(f"backward(Tensor grad, {_ARGUMENTS}, {_MESSAGES}, bool edges) -> (Tensor, Tensor)")
 _lib.define(f"viterbi({_ARGUMENTS}) -> (Tensor, Tensor)")
+_lib.define(f"topk({_ARGUMENTS}, int k) -> (Tensor, Tensor)")
 _lib.define(f"sample({_ARGUMENTS}, Tensor uniform) -> Tensor")
 _lib.define(
     f"tangent(Tensor grad, {_ARGUMENTS}, Tensor direction_state, Tensor? direction_edge, bool edges)"
@@ -104,6 +105,14 @@ def _viterbi(initial, transition, emission, lengths, final):
     return score, states
 
 
+def _topk(initial, transition, emission, lengths, final, k):
+    call = _Call(initial, transition, emission, lengths, final)
+    batch, time, _ = call.shape
+    score, states = call.empty(k, batch), call.empty(k, batch, time, dtype=torch.int64)
+    call("topk", k, score, states)
+    return score, states
+
+
 def _sample(initial, transition, emission, lengths, final, uniform):
     log_partition, alpha, _, _, method = _forward(initial, transition, emission, lengths, final, both_ends=False)
     call = _Call(initial, transition, emission, lengths, final)
@@ -152,6 +161,11 @@ def _fake_viterbi(initial, transition, emission, lengths, final):
     return transition.new_empty(batch), transition.new_empty((batch, time), dtype=torch.int64)
 
 
+def _fake_topk(initial, transition, emission, lengths, final, k):
+    batch, time = lengths.shape[0], reference.frames(transition, emission)
+    return transition.new_empty(k, batch), transition.new_empty((k, batch, time), dtype=torch.int64)
+
+
 def _fake_sample(initial, transition, emission, lengths, final, uniform):
     return uniform.new_empty(uniform.shape, dtype=torch.int64)
 
@@ -160,6 +174,7 @@ for _name, _kernel, _fake in (
     ("forward", _forward, _fake_messages),
     ("backward", _backward, _fake_backward),
     ("viterbi", _viterbi, _fake_viterbi),
+    ("topk", _topk, _fake_topk),
     ("sample", _sample, _fake_sample),
     ("tangent", _tangent, _fake_tangent),
 ):

@@ -55,6 +55,7 @@ def test_operators_are_registered_as_torch_expects(kind, dtype):
     torch.library.opcheck(ops.tangent.default, (ones, *scores, messages[1], torch.ones_like(scores[1]), True))
     torch.library.opcheck(ops.tangent.default, (ones, *scores, messages[1], None, False))
     torch.library.opcheck(ops.viterbi.default, scores)
+    torch.library.opcheck(ops.topk.default, (*scores, 3))
     torch.library.opcheck(ops.sample.default, (*scores, torch.rand(2, 3, 5, dtype=dtype)))
 
 

@@ -25,12 +25,14 @@ def test_edge_marginals(backend, arguments):
         close(HMM(**arguments).edge_marginals(), enumerate_paths(**arguments).edges)
 
 
-@settings(max_examples=80, deadline=None)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 7, 30])
+@settings(max_examples=40, deadline=None)
 @given(arguments=small_problems(most_paths=256))
-def test_topk(arguments):
-    k = 7
+def test_topk(backend, k, arguments):
     expected = enumerate_paths(**arguments)
-    found = HMM(**arguments).topk(k)
+    with use_backend(backend):
+        found = HMM(**arguments).topk(k)
     pieces = {name: x for name, x in arguments.items() if name != "lengths"}
     for b, paths in enumerate(expected.paths):
         scores = sorted((path_score(path, b, **pieces) for path in paths), reverse=True)[:k]

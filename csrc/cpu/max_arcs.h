@@ -1,0 +1,38 @@
+// Transitions shared over time, ready for max-plus products (viterbi.h) and for walks back along them.
+#pragma once
+#include "scaled_arcs.h"
+
+namespace {
+
+template <class Real> struct MaxArcs {
+  const int64_t N, padded;
+  Scratch<Real> packed, columns;  // panels of kPanel columns, (panels, N, kPanel); the transpose, (N, padded). -inf pads
+  bool invalid = false;           // some score is NaN or +inf
+
+  MaxArcs(const Real *scores, int64_t n)
+      : N(n), padded(round_up(n, kPanel<Real>)), packed(padded * n), columns(padded * n) {
+    if (!allocated()) return;
+    constexpr int P = kPanel<Real>, W = kLanes<Real>;
+    constexpr int64_t kBlock = 64 / sizeof(Real);  // of a transposed row: one cache line at a time
+    const Real ninf = kNegativeInfinity<Real>;
+    for (int64_t i = 0; i < N; i++) {
+      Vec<Real> bad = {};
+      for (int64_t j = 0; j < padded; j += W) {
+        const Vec<Real> x = load_part(scores + i * N + j, N - j, ninf);
+        bad += x < std::numeric_limits<Real>::infinity() ? Vec<Real>{} : splat(Real(1));
+        store(packed + j / P * P * N + i * P + j % P, x);
+      }
+      invalid |= sum_of<Real>(bad) > 0;
+    }
+    for (int64_t i0 = 0; i0 < N; i0 += kBlock)
+      for (int64_t j = 0; j < N; j++) {  // from the panels, whose rows are not a power of two apart
+        const Real *column = packed + j / P * P * N + j % P;
+        for (int64_t i = i0; i < i0 + kBlock && i < N; i++) columns[j * padded + i] = column[i * P];
+      }
+    for (int64_t j = 0; j < N; j++)
+      for (int64_t i = N; i < padded; i++) columns[j * padded + i] = ninf;
+  }
+  bool allocated() const { return packed.data && columns.data; }
+};
+
+}  // namespace
