@@ -77,18 +77,19 @@ HMM_INLINE bool centre_row(const Acc *norm, const In *scores, const In *more, in
   const Acc ninf = kNegativeInfinity<Acc>;
   constexpr int W = kLanes<Acc>;
   Acc top = scores ? row_max<In, Acc>(scores, N) : Acc(0), top_more = more ? row_max<In, Acc>(more, N) : Acc(0);
-  Vec<Acc> m = splat(ninf), bad = {};
+  Vec<Acc> m = splat(ninf);
+  Int<Acc> bad = {};
   for (int64_t j = 0; j < N; j += W) {
     Vec<Acc> a = load_part(norm + j, N - j, ninf);
     if (scores) a += load_as(scores + j, N - j, ninf) - top;
     if (more) a += load_as(more + j, N - j, ninf) - top_more;
     m = larger(m, a);
-    bad += a != a ? splat(Acc(1)) : Vec<Acc>{};
+    bad |= a != a;
     store_part(alpha + j, N - j, a);
   }
   Acc middle = max_of<Acc>(m);
   offset += double(top) + double(top_more);
-  if (sum_of<Acc>(bad) > 0) {
+  if (any<Acc>(bad)) {
     offset = std::numeric_limits<double>::quiet_NaN();
     return false;
   }

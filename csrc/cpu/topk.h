@@ -5,6 +5,13 @@
 //
 // A back-pointer is i k + r; no path comes twice, since (j, r) at t names one path. Ties are broken by the order in which
 // candidates come, which is the same every time: see by_falling_score; at the end, by the smaller state, then rank.
+//
+// Lanes hold columns j; for each of the N states, its candidates come by rank and stop at the first that enters no lane's
+// list. Cost a frame: at least N^2 additions and comparisons (2/16 operations an arc), and 5 k operations for a candidate
+// that enters some lane; k T N pointers of 1, 2 or 4 bytes, written once. The floor is Viterbi's N^2 / 16 / 2 cycles;
+// measured on one core of an EPYC (Zen 5), float, k = 5: 1.0 us a frame for N = 50, 4.7 for 128, 64 for 512, some 30 times
+// that floor, spent where candidates enter. Lists over 10 are in memory, and their cost grows as k^2: 80 us for N = 50,
+// k = 50. Limits: k N below 2^31.
 #pragma once
 #include <utility>
 

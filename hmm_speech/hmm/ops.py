@@ -1,7 +1,8 @@
 """The native kernels as torch operators, and the autograd functions around them.
 
-``torch.ops.hmm_speech.forward / backward / viterbi / topk / sample`` wrap csrc/include/hmm_speech.h one to one: they expect
-arguments that :mod:`hmm_speech.hmm.checks` has seen, allocate what they return with torch and write to nothing else.
+``torch.ops.hmm_speech.forward / backward / viterbi / topk / sample`` wrap csrc/include/hmm_speech.h one to one: they
+expect arguments that :mod:`hmm_speech.hmm.checks` has seen, allocate what they return with torch and write to nothing
+else.
 """
 
 from __future__ import annotations
