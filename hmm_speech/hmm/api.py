@@ -133,7 +133,8 @@ class HMM:
         r"""The k best paths: list Viterbi, :math:`\delta_t(j)` being the k highest scores of paths into j.
 
         Seshadri and Sundberg 1994, the parallel algorithm: at most B T N^2 k candidates, of which most are skipped, and
-        T N k back-pointers a sequence. Among paths of equal score any may come first, the same every time. ``score`` is differentiable.
+        T N k back-pointers a sequence. Among paths of equal score any may come first, the same every time. ``score``
+        is differentiable.
         """
         if isinstance(k, bool) or not hasattr(k, "__index__") or k < 1:
             raise ValueError(f"k: got {k!r}, expected an integer of at least 1")
