@@ -184,7 +184,7 @@ class Retreat(Function):
         *saved, lengths = ctx.saved_tensors
         higher = torch.is_grad_enabled()
         with torch.enable_grad():
-            tracked = [_own(x) for x in saved]
+            tracked = [ops.own(x) for x in saved]
             found = retreat(*tracked, lengths, ctx.edges)
             pairs = zip(found, (grad_state, grad_edge), strict=True)
             value = sum((x * upstream).sum() for x, upstream in pairs if x.requires_grad)
@@ -194,16 +194,10 @@ class Retreat(Function):
         return tuple(by_place.get(k) for k in range(len(ctx.needs_input_grad)))
 
 
-def _own(x: Tensor) -> Tensor:
-    """`x` as autograd knows it here alone: it may have been computed from the others, and a gradient with respect to it
-    is then not to reach them through its past."""
-    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-
-
 def retreat(grad, message, arcs, emission, lengths, edges: bool) -> tuple[Tensor, Tensor]:
     """What :class:`Retreat` computes, by differentiating the reference."""
     with torch.enable_grad():
-        tracked = [_own(x) for x in (message, emission, arcs)]
+        tracked = [ops.own(x) for x in (message, emission, arcs)]
         end = reference.advance(tracked[0], tracked[2], tracked[1], lengths)[0][-1]
         found = torch.autograd.grad(
             end, tracked if edges else tracked[:2], torch.where(end > -INF, grad, 0), create_graph=True

@@ -245,9 +245,7 @@ class Posterior(Function):
 
 def _through_reference(saved, edges: bool, needs, grad_state: Tensor, grad_edge: Tensor) -> tuple[Tensor | None, ...]:
     """The backward pass of :class:`Posterior` with a graph of its own."""
-    tracked = [
-        x if x is None or x.requires_grad or not x.is_floating_point() else x.detach().requires_grad_() for x in saved
-    ]
+    tracked = [own(x) for x in saved]
     state, edge = posterior(*tracked, edges)
     value = (state * grad_state).sum() + ((edge * grad_edge).sum() if edges else 0)
     wanted = [k for k, x in enumerate(tracked) if x is not None and needs[k]]
@@ -258,15 +256,24 @@ def _through_reference(saved, edges: bool, needs, grad_state: Tensor, grad_edge:
     return tuple(gradients)
 
 
+def own(x: Tensor | None) -> Tensor | None:
+    """Scores `x` as autograd knows them here alone: where one of several arguments was computed from another, a
+    gradient with respect to the other is not to come through the first one's past."""
+    if x is None or not x.is_floating_point():
+        return x
+    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+
+
 def posterior(grad, initial, transition, emission, lengths, final, edges: bool) -> tuple[Tensor, Tensor]:
     """What :class:`Posterior` computes, by differentiating the reference."""
     with torch.enable_grad():
         if emission is None:
             emission = transition.new_zeros(lengths.shape[0], reference.frames(transition, None), transition.shape[-1])
-        tracked = [x if x.requires_grad else x.detach().requires_grad_() for x in (emission, transition)]
+        initial, transition, emission, final = (own(x) for x in (initial, transition, emission, final))
+        tracked = [emission, transition]
         if not emission.shape[1]:  # no frames: log Z depends on nothing
             return torch.zeros_like(emission), torch.zeros_like(transition) if edges else transition.new_empty(0)
-        z = reference.log_partition(initial, tracked[1], tracked[0], lengths, final)
+        z = reference.log_partition(initial, transition, emission, lengths, final)
         found = torch.autograd.grad(
             (z * grad).sum(), tracked if edges else tracked[:1], create_graph=True, allow_unused=True
         )

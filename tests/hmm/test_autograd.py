@@ -76,3 +76,24 @@ def test_non_contiguous_scores():
     torch.testing.assert_close(HMM(**twisted).log_partition(), expected)
     spread = {k: torch.stack([x, x], 1)[:, 0] if x is not None and k != "lengths" else x for k, x in arguments.items()}
     torch.testing.assert_close(HMM(**spread).log_partition(), expected)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("method", ["marginals", "transition_counts", "entropy"])
+def test_scores_computed_from_each_other(backend, method):
+    """All three made from one parameter: posteriors are those of the numbers, gradients go through all of them."""
+
+    def chain(table):
+        emission = table[torch.tensor([[0, 1, 2, 1], [2, 2, 0, 1]])]
+        return HMM(emission[0, 0] * 2, table * emission.mean(), emission)
+
+    def function(table):
+        return getattr(chain(table), method)()
+
+    table = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with use_backend("reference"):
+        expected = function(table)
+    with use_backend(backend):
+        torch.testing.assert_close(function(table.requires_grad_()), expected)
+        assert torch.autograd.gradcheck(function, (table,))
+        assert torch.autograd.gradgradcheck(function, (table,))
