@@ -74,16 +74,22 @@ template <class Real> struct Counts {
     flush();
     constexpr int P = kPanel<Real>, W = kLanes<Real>;
     const Real *panels = arcs.along(step), up = std::ldexp(Real(1), kTopBits), unscale = 1 / grad_scale;
-    for (int64_t i0 = 0; i0 < N; i0 += kRows)  // blocks: where the sum is transposed, a column of edge is short
-      for (int64_t j = 0; j < N; j += W)
-        for (int64_t i = i0; i < N && i < i0 + kRows; i++) {
-          const Vec<Real> a = load(panels + j / P * P * N + i * P + j % P);
-          const Vec<Real> x = a > Real(0) ? load(sum + i * padded + j) * a * up * unscale : Vec<Real>{};
-          Real *out = edge + i * N + j;
-          if (step > 0) store_part(out, N - j, load_part(out, N - j, Real(0)) + x);
-          else
-            for (int64_t v = 0; v < W && j + v < N; v++) edge[(j + v) * N + i] += x[v];
+    Vec<Real> square[W];
+    for (int64_t i = 0; i < N; i += W)
+      for (int64_t j = 0; j < N; j += W) {
+        for (int v = 0; v < W; v++) {
+          square[v] = Vec<Real>{};
+          if (i + v >= N) continue;
+          const Vec<Real> a = load(panels + j / P * P * N + (i + v) * P + j % P);
+          square[v] = a > Real(0) ? load(sum + (i + v) * padded + j) * a * up * unscale : Vec<Real>{};
         }
+        if (step < 0) transpose<Real>(square);
+        const int64_t row = step > 0 ? i : j, column = step > 0 ? j : i;
+        for (int v = 0; v < W && row + v < N; v++) {
+          Real *out = edge + (row + v) * N + column;
+          store_part(out, N - column, load_part(out, N - column, Real(0)) + square[v]);
+        }
+      }
   }
 };
 

@@ -14,7 +14,8 @@ namespace {
 // How sequences (in the order of falling length) share the steps of a product and the threads. Groups of up to 8 go
 // through a step together: full groups, then what is left in powers of two, so that few rows of a product are idle. Where
 // there are fewer full groups than threads, time is halved before groups are: two threads walk the same group from both
-// ends, and the product keeps its rows.
+// ends, and the product keeps its rows (at N = 512 the packed arcs stream from the second cache once a step; for 4 rows
+// instead of 8 that is most of the time).
 struct Grouping {
   const int64_t *order, *lengths;
   int64_t batch;
@@ -30,10 +31,6 @@ struct Grouping {
     for (int64_t at = 0; at < batch; groups++) at += group(at).size;
     const int64_t items = p.time_varying || !shared ? batch : groups * halves;
     workers = int(items < p.threads ? items : p.threads);
-  }
-  // A step's work that is worth two threads: below it, starting one (10 us) and packing the arcs twice take longer.
-  static bool worth_halving(const hmm_problem &p) {
-    return p.threads > 1 && p.batch < 7 * int64_t(p.threads) && p.time * (p.states + 32) >= 20000 && p.time >= 64;
   }
   // The group from position `at` on.
   Group group(int64_t at) const {
@@ -232,7 +229,7 @@ int forward(const hmm_problem &p, const int64_t *order, Parallel parallel, Real 
             Real *centre, int32_t *method) {
   if (p.batch == 0) return HMM_OK;
   const bool one = one_matrix(p);
-  Forward<Real> body(p, Grouping(p, order, one, one && p.both_ends && Grouping::worth_halving(p)));
+  Forward<Real> body(p, Grouping(p, order, one, one && p.both_ends && p.threads > 1 && p.batch < 7 * int64_t(p.threads)));
   body.log_partition = log_partition, body.alpha = alpha, body.norm = norm, body.centre = centre, body.method = method;
   const Scratch<Meeting> meetings(p.batch);
   const FlushToZero flush;

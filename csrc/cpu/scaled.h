@@ -131,7 +131,7 @@ constexpr int64_t kAhead = 3;  // frames
 
 // Is some suspect state of these columns reachable? See (entrywise) in scaled_arcs.h.
 template <class Real>
-__attribute__((noinline)) bool reachable(Int<Real> suspect, const Real *previous, const Real *packed, int64_t N) {
+HMM_APART bool reachable(Int<Real> suspect, const Real *previous, const Real *packed, int64_t N) {
   Int<Real> reached = {};
   for (int64_t i = 0; i < N; i++)
     if (previous[i] > 0) reached |= load(packed + i * kPanel<Real>) > Real(0);
@@ -255,7 +255,7 @@ void forward_group(const hmm_problem &p, const Arcs<Real> &arcs, const Group &gr
 
 // out[m] = A u[m] for M sequences; the panels hold A transposed.
 template <int M, class Real>
-void backward_step(const Arcs<Real> &arcs, const Real *panels, const Real *const *u, Real *const *out) {
+HMM_APART void backward_step(const Arcs<Real> &arcs, const Real *panels, const Real *const *u, Real *const *out) {
   constexpr int P = kPanel<Real>, W = kLanes<Real>, B = M > 4 ? kPanelVectors / 2 : kPanelVectors;
   auto columns = [&](auto width, int64_t i0) {
     constexpr int b = decltype(width)::value;

@@ -123,17 +123,26 @@ template <class Real> struct Arcs {
                             kTopBits + 1 + Range<Real>::kPrecision;
     mixing = !forbidden && demanded <= kLowestTopBits - 4;  // beyond that, benign frames would fail it
     least_sum = std::exp2(mixing && demanded > Range<Real>::kLeastSumBits ? demanded : Range<Real>::kLeastSumBits);
-    if (with_backward)
-      for (int64_t i0 = 0; i0 < N; i0 += P)
-        for (int64_t j = 0; j < N; j++) {
-          const Real *column = forward + j / P * P * N + j % P;
-          Real *out = backward + i0 * N + j * P;
-          for (int64_t i = i0; i < N && i < i0 + P; i++) out[i - i0] = column[i * P];
-        }
+    if (with_backward) pack_transposed();
   }
   bool allocated() const { return forward.data && backward.data && shift.data; }
   // The panels that lead a message on: with the arcs (step 1) or against them (-1).
   const Real *along(int step) const { return step > 0 ? forward : backward; }
+
+ private:
+  // Squares of vectors, so that every line of memory is met once.
+  void pack_transposed() {
+    constexpr int P = kPanel<Real>, W = kLanes<Real>;
+    Vec<Real> square[W];
+    for (int64_t i = 0; i < N; i += W)
+      for (int64_t j = 0; j < N; j += W) {
+        const int64_t rows = N - i < W ? N - i : W, columns = N - j < W ? N - j : W;
+        for (int v = 0; v < W; v++)
+          square[v] = v < rows ? load(forward + j / P * P * N + (i + v) * P + j % P) : Vec<Real>{};
+        transpose<Real>(square);
+        for (int v = 0; v < columns; v++) store(backward + i / P * P * N + (j + v) * P + i % P, square[v]);
+      }
+  }
 };
 
 }  // namespace

@@ -17,6 +17,7 @@
 #define HMM_VECTOR_BYTES 16
 #endif
 #define HMM_INLINE inline __attribute__((always_inline))
+#define HMM_APART __attribute__((noinline))  // inner loops that must not share registers with what surrounds them
 
 namespace {
 
@@ -147,6 +148,14 @@ template <class Real> HMM_INLINE Real sum_of(Vec<Real> v) {
   for (int k = 0; k < kLanes<Real>; k++) s += v[k];
   return s;
 #endif
+}
+// A square of vectors turned over its diagonal, through memory near at hand.
+template <class Real> HMM_INLINE void transpose(Vec<Real> (&rows)[kLanes<Real>]) {
+  constexpr int W = kLanes<Real>;
+  Real turned[W][W];
+  for (int i = 0; i < W; i++)
+    for (int j = 0; j < W; j++) turned[j][i] = rows[i][j];
+  std::memcpy(rows, turned, sizeof turned);
 }
 template <class Real> HMM_INLINE Real max_of(Vec<Real> v) {
 #if defined(__AVX512F__)

@@ -77,10 +77,15 @@ class _Call:
             )
 
 
+# A second thread takes 10 to 20 us to start. A frame of one sequence takes some 32 + N ns, more for large N: sequences
+# are walked from both ends where that makes 60 us or more in all.
+_BOTH_ENDS_FROM = 60_000
+
+
 def _forward(initial, transition, emission, lengths, final, both_ends=True):
     call = _Call(initial, transition, emission, lengths, final)
-    call.problem.both_ends = both_ends
     batch, time, num_states = call.shape
+    call.problem.both_ends = both_ends and batch * time * (num_states + 32) >= _BOTH_ENDS_FROM
     log_partition, alpha = call.empty(batch), call.empty(batch, time, num_states)
     norm = call.empty(*call.shape if call.time_varying else (0,))
     centre = call.empty(batch, time)
