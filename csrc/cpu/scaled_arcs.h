@@ -39,30 +39,36 @@ template <> struct Range<double> {
 };
 // Messages are rescaled to a sum in [2^30, 2^31) when it leaves [2^18, 2^31): once in some ten frames of typical speech.
 constexpr int kTopBits = 30, kLowestTopBits = 18;
+// Halves must meet in 2^-65 N^2 (float): see (joined).
+template <class Real> constexpr int kLeastJoinedBits = Range<Real>::kSmallestBits + kTopBits + 1 + Range<Real>::kPrecision + 6;
 
 #if defined(__AVX512F__)
 constexpr int kPanelVectors = 4;  // a panel of packed columns; 32 registers: up to 16 accumulators
 #else
 constexpr int kPanelVectors = 2;
 #endif
-template <class Real> constexpr int kLeastJoinedBits = Range<Real>::kSmallestBits + kTopBits + 1 + Range<Real>::kPrecision + 6;
 template <class Real> constexpr int kPanel = kPanelVectors * kLanes<Real>;
 
 template <int B> struct Width {
   static constexpr int value = B;
 };
 
-// acc[m][v] = sum_k x[m][k] packed[k][v], for B vectors of one panel of packed columns.
+// acc[m][v] = sum_k x[m][k] packed[k][v], for B vectors of one panel of packed columns. A fused product takes four cycles
+// and two can begin in each: where M B is less than 8, that many sums over every D-th k run side by side.
 template <int M, int B, class Real>
 HMM_INLINE void product(const Real *const *x, const Real *packed, int64_t K, Vec<Real> (&acc)[M][B]) {
+  constexpr int D = M * B < 8 ? 8 / (M * B) : 1;
+  Vec<Real> part[D][M][B];
 #pragma GCC unroll 16
-  for (int m = 0; m < M; m++)
+  for (int d = 0; d < D; d++)
 #pragma GCC unroll 16
-    for (int v = 0; v < B; v++) acc[m][v] = Vec<Real>{};
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 16
+      for (int v = 0; v < B; v++) part[d][m][v] = Vec<Real>{};
   const Real *row[M];
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++) row[m] = x[m];
-  for (int64_t k = 0; k < K; k++) {
+  const auto add = [&](int64_t k, Vec<Real>(&sum)[M][B]) __attribute__((always_inline)) {
     Vec<Real> a[B];
 #pragma GCC unroll 16
     for (int v = 0; v < B; v++) a[v] = load(packed + k * kPanel<Real> + v * kLanes<Real>);
@@ -70,9 +76,22 @@ HMM_INLINE void product(const Real *const *x, const Real *packed, int64_t K, Vec
     for (int m = 0; m < M; m++) {
       const Vec<Real> s = splat(row[m][k]);
 #pragma GCC unroll 16
-      for (int v = 0; v < B; v++) acc[m][v] += s * a[v];
+      for (int v = 0; v < B; v++) sum[m][v] += s * a[v];
     }
-  }
+  };
+  int64_t k = 0;
+  for (; k + D <= K; k += D)
+#pragma GCC unroll 16
+    for (int d = 0; d < D; d++) add(k + d, part[d]);
+  for (; k < K; k++) add(k, part[0]);
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 16
+    for (int v = 0; v < B; v++) {
+      acc[m][v] = part[0][m][v];
+#pragma GCC unroll 16
+      for (int d = 1; d < D; d++) acc[m][v] += part[d][m][v];
+    }
 }
 
 // The transition matrix, ready for both directions.
