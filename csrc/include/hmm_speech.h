@@ -48,8 +48,9 @@ typedef struct hmm_problem {
  *   log_partition (B,), alpha (B, T, N), norm (B, T, N), centre (B, T), method (B,) out.
  * HMM_SCALED: alpha is proportional to p(z_t | x_0..t), its sum in [2^18, 2^31), and centre is the frame's largest
  * score. HMM_BOTH_ENDS: so it is for the first (L + 1) / 2 frames; in the others alpha is proportional to
- * p(x_t..L-1 | z_t). HMM_REDONE: both hold zeros. HMM_LOG_SPACE: alpha holds log messages whose maximum is 0, and norm + centre is
- * the log-sum over the previous state, before emission. Where time_varying is 0, norm is not used and may be NULL.
+ * p(x_t..L-1 | z_t). HMM_REDONE: both hold zeros. HMM_LOG_SPACE: alpha holds log messages whose maximum is 0, and
+ * norm + centre is the log-sum over the previous state, before emission. Where time_varying is 0, norm is not used and
+ * may be NULL.
  */
 HMM_API int hmm_forward_f32(const hmm_problem *, float *log_partition, float *alpha, float *norm, float *centre, int32_t *method);
 HMM_API int hmm_forward_f64(const hmm_problem *, double *log_partition, double *alpha, double *norm, double *centre, int32_t *method);

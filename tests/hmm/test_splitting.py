@@ -136,6 +136,19 @@ def test_gaussian_chains(gap, batch):
         assert (backend().redone > before) == (gap > 1)
 
 
+@pytest.mark.parametrize("hard", ["first", "second"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_one_half_that_cannot_be_certified(hard, batch):
+    """Frames of one half are hundreds of nats apart: the sequence is redone as a whole, others beside it are not."""
+    arguments = gaussian_chain(6, 3, batch, 40, 1.0)
+    arguments["lengths"] = torch.full((batch,), 40)
+    frames = slice(2, 18) if hard == "first" else slice(22, 38)
+    arguments["emission"][0, frames] *= 60
+    with threads(2):
+        compare(arguments)
+        assert methods(arguments) == [REDONE] + [BOTH_ENDS] * (batch - 1)
+
+
 def test_halves_that_meet_in_nothing_are_infeasible():
     """Each half has paths; no arc leads from where the first can be to where the second must begin."""
     transition = torch.full((2, 2), -INF).fill_diagonal_(0)

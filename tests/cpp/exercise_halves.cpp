@@ -1,0 +1,89 @@
+// Sequences from both ends, under the sanitizers: few sequences on many threads, lengths 0 to T, both passes with threads
+// of their own. Whatever the threads, the numbers are those of one thread, and the same again the second time.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "hmm_speech.h"
+
+#define CHECK(condition)                                                         \
+  if (!(condition)) {                                                            \
+    std::fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
+    std::exit(1);                                                                \
+  }
+
+struct Result {
+  std::vector<float> z, state, edge;
+  std::vector<int32_t> method;
+};
+
+struct Case {
+  int B, T, N;
+  std::vector<float> initial, transition, emission, final, grad;
+  std::vector<int64_t> lengths;
+
+  Case(int b, int t, int n, double scale, double forbidden) : B(b), T(t), N(n) {
+    std::mt19937 random(unsigned(B * 7919 + T * 104729 + N));
+    std::normal_distribution<double> normal;
+    std::uniform_real_distribution<double> uniform;
+    auto scores = [&](size_t count) {
+      std::vector<float> x(count);
+      for (float &v : x) v = uniform(random) < forbidden ? -std::numeric_limits<float>::infinity() : float(scale * normal(random));
+      return x;
+    };
+    initial = scores(N), transition = scores(size_t(N) * N), emission = scores(size_t(B) * T * N), final = scores(N);
+    for (int k = 0; k < B; k++) lengths.push_back(k ? random() % (T + 1) : T), grad.push_back(float(k % 3) - 1);
+  }
+
+  Result solve(int forward_threads, int backward_threads, bool both_ends) const {
+    hmm_problem p = {};
+    p.batch = B, p.time = T, p.states = N, p.threads = forward_threads, p.both_ends = both_ends;
+    p.initial = initial.data(), p.transition = transition.data(), p.emission = emission.data(), p.final = final.data();
+    p.lengths = lengths.data();
+    const size_t frames = size_t(B) * T;
+    std::vector<float> alpha(frames * N), centre(frames);
+    Result r = {std::vector<float>(B), std::vector<float>(frames * N), std::vector<float>(size_t(N) * N), std::vector<int32_t>(B)};
+    CHECK(hmm_forward_f32(&p, r.z.data(), alpha.data(), nullptr, centre.data(), r.method.data()) == HMM_OK);
+    p.threads = backward_threads;
+    CHECK(hmm_backward_f32(&p, grad.data(), r.z.data(), alpha.data(), nullptr, centre.data(), r.method.data(), r.state.data(),
+                           r.edge.data()) == HMM_OK);
+    bool halved = false;
+    for (int32_t m : r.method) halved |= m == HMM_BOTH_ENDS;
+    CHECK(!halved || (both_ends && forward_threads > 1));
+    std::vector<float> uniform(frames, .5f);
+    std::vector<int64_t> states(frames);
+    const int status = hmm_sample_f32(&p, 1, r.z.data(), alpha.data(), r.method.data(), uniform.data(), states.data());
+    CHECK(status == (halved ? HMM_INVALID_ARGUMENT : HMM_OK));
+    return r;
+  }
+};
+
+void close(const std::vector<float> &x, const std::vector<float> &y, double tolerance) {
+  for (size_t k = 0; k < x.size(); k++)
+    CHECK(x[k] == y[k] || std::fabs(double(x[k]) - double(y[k])) <= tolerance * (1 + std::fabs(double(y[k]))));
+}
+
+int main() {
+  std::puts(hmm_instruction_set());
+  bool halved = false, redone = false;
+  for (int N : {1, 2, 15, 17, 33, 64, 70})
+    for (int B : {1, 2, 3, 8, 11})
+      for (double scale : {1., 100.}) {
+        const Case problem(B, 1 + (N + 3 * B) % 9, N, scale, scale > 1 ? .3 : 0);
+        const Result expected = problem.solve(1, 1, false);
+        for (int forward : {2, 3, 4})
+          for (int backward : {1, 2, 5}) {
+            const Result found = problem.solve(forward, backward, true), again = problem.solve(forward, backward, true);
+            CHECK(found.z == again.z && found.state == again.state && found.edge == again.edge && found.method == again.method);
+            close(found.z, expected.z, 1e-5);
+            close(found.state, expected.state, 1e-4);
+            close(found.edge, expected.edge, 1e-4);
+            for (int32_t m : found.method) halved |= m == HMM_BOTH_ENDS, redone |= m == HMM_REDONE;
+          }
+      }
+  CHECK(halved && redone);
+  return 0;
+}
