@@ -79,11 +79,14 @@ template <class Real> struct Forward : Status {
     if (p.time_varying) return log_space(worker, workers);
     Scratch<Real> rows(kGroupRows * round_up(p.states, kPanel<Real>));
     if (!rows.data) return out_of_memory();
-    Redo<Real> redo(p);
     const bool done = grouping.share(worker, [&](const Group &whole, int64_t k, int half) {
-      if (shared) return walk(*shared, whole, meetings[k], half, rows, redo);
+      if (shared) {
+        walk(*shared, whole, meetings[k], half, rows);
+        return true;
+      }
       const Arcs<Real> own(Sequence<Real>(p, whole.index[0]).transition, p.states, p.time, false);
-      return own.allocated() && walk(own, whole, meetings[k], half, rows, redo);
+      if (own.allocated()) walk(own, whole, meetings[k], half, rows);
+      return own.allocated();
     });
     if (!done) out_of_memory();
   }
@@ -93,35 +96,21 @@ template <class Real> struct Forward : Status {
     clear(x + (b * p.time + p.lengths[b]) * width, (p.time - p.lengths[b]) * width);
   }
 
-  // Walks a group, or a half of it; the half that arrives last joins the two. False: out of memory.
-  bool walk(const Arcs<Real> &arcs, const Group &whole, Meeting &meeting, int half, Real *rows, Redo<Real> &redo) {
+  // Walks a group, or a half of it; the half that arrives last joins the two.
+  void walk(const Arcs<Real> &arcs, const Group &whole, Meeting &meeting, int half, Real *rows) {
     Ends &ends = meeting.ends[0];
     if (arcs.usable) {
       const Group part = grouping.halves == 2 ? whole.half(half == 1) : whole;
       forward_group(p, arcs, part, rows, alpha, centre, meeting.ends[half]);
     }
-    if (__atomic_add_fetch(&meeting.arrived, 1, __ATOMIC_ACQ_REL) < grouping.halves) return true;
+    if (__atomic_add_fetch(&meeting.arrived, 1, __ATOMIC_ACQ_REL) < grouping.halves) return;
     if (arcs.usable && grouping.halves == 2) join_halves(p, arcs, whole, alpha, rows, ends, meeting.ends[1]);
     for (int m = 0; m < whole.size; m++) {
       const int64_t b = whole.index[m];
-      if (!arcs.usable || ends.lost[m]) {
-        if (!again(b, redo)) return false;
-        continue;
-      }
-      method[b] = grouping.halves == 2 ? HMM_BOTH_ENDS : HMM_SCALED;
-      log_partition[b] = whole.length[m] ? Real(ends.taken[m] + std::log(ends.total[m])) : Real(0);
+      const bool lost = !arcs.usable || ends.lost[m];
+      method[b] = lost ? HMM_REDONE : grouping.halves == 2 ? HMM_BOTH_ENDS : HMM_SCALED;
+      if (!lost) log_partition[b] = whole.length[m] ? Real(ends.taken[m] + std::log(ends.total[m])) : Real(0);
     }
-    return true;
-  }
-
-  bool again(int64_t b, Redo<Real> &redo) {
-    double z;
-    if (!redo.forward(b, z)) return false;
-    method[b] = HMM_REDONE;
-    log_partition[b] = Real(z);
-    clear(alpha + b * p.time * p.states, p.lengths[b] * p.states);  // of no use, but the same bits every time
-    clear(centre + b * p.time, p.lengths[b]);
-    return true;
   }
 
   void log_space(int worker, int workers) {
@@ -133,6 +122,27 @@ template <class Real> struct Forward : Status {
       clear_rest(norm, b, p.states);
       log_partition[b] =
           Real(forward_log_space<Real, Real>(Sequence<Real>(p, b), alpha + at, norm + at, centre + b * p.time, rows));
+    }
+  }
+};
+
+// The sequences that were lost, again: shared out anew, since those of one group may all be.
+template <class Real> struct ForwardAgain : Status {
+  const hmm_problem &p;
+  const int64_t *lost;  // (count,)
+  int64_t count;
+  Real *log_partition, *alpha, *centre;
+
+  void operator()(int worker, int workers) {
+    const FlushToZero flush;
+    Redo<Real> redo(p);
+    for (int64_t k = worker; k < count; k += workers) {
+      const int64_t b = lost[k];
+      double z;
+      if (!redo.forward(b, z)) return out_of_memory();
+      log_partition[b] = Real(z);
+      clear(alpha + b * p.time * p.states, p.lengths[b] * p.states);  // of no use, but the same bits every time
+      clear(centre + b * p.time, p.lengths[b]);
     }
   }
 };
@@ -237,7 +247,14 @@ int forward(const hmm_problem &p, const int64_t *order, Parallel parallel, Real 
   if (one) shared.emplace((const Real *)p.transition, p.states, p.time, body.grouping.halves == 2);
   if (!meetings.data || (one && !shared->allocated())) return HMM_OUT_OF_MEMORY;
   body.shared = one ? &*shared : nullptr, body.meetings = meetings;
-  return run(parallel, body.grouping.workers, p.threads, body);
+  const int status = run(parallel, body.grouping.workers, p.threads, body);
+  if (status != HMM_OK || p.time_varying) return status;
+  const Scratch<int64_t> lost(p.batch);
+  if (!lost.data) return HMM_OUT_OF_MEMORY;
+  ForwardAgain<Real> again{{}, p, lost, 0, log_partition, alpha, centre};
+  for (int64_t k = 0; k < p.batch; k++)
+    if (method[order[k]] == HMM_REDONE) lost[again.count++] = order[k];
+  return again.count ? run(parallel, again.count, p.threads, again) : HMM_OK;
 }
 
 template <class Real>
