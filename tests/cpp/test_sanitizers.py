@@ -9,10 +9,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = {"address": "-fsanitize=address,undefined -fno-sanitize-recover=all", "thread": "-fsanitize=thread"}
-PROGRAMS = ("exercise", "exercise_halves")
 
 
-PROGRAMS = ("exercise", "exercise_best_paths")
+PROGRAMS = ("exercise", "exercise_best_paths", "exercise_halves")
 
 
 def built(folder, sanitizer):
