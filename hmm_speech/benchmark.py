@@ -20,9 +20,11 @@ from torch import Tensor
 
 from hmm_speech.data.unitfile import atomic_path
 from hmm_speech.errors import UserError
-from hmm_speech.hmm import HMM, backend, log_partition
+from hmm_speech.hmm import HMM, SemiMarkovHMM, backend
 
-# (kind, N, T). "dense": transitions that vary over time, (B, T-1, N, N); "shared": one (N, N) for all frames.
+# (kind, N, T). "dense": transitions that vary over time, (B, T-1, N, N); "shared": one (N, N) for all frames;
+# "semi-Markov": segments of 1 to LONGEST frames.
+LONGEST = 30
 ROWS = (
     ("dense", 50, 1000),
     ("dense", 50, 3000),
@@ -31,6 +33,7 @@ ROWS = (
     ("shared", 128, 1000),
     ("shared", 512, 1000),
     ("shared", 1024, 300),
+    ("semi-Markov", 50, 1000),
 )
 QUICK = (("dense", 50, 300), ("shared", 50, 1000))
 
@@ -75,12 +78,27 @@ def shared_loop(initial: Tensor, transition: Tensor, emission: Tensor) -> Tensor
     return torch.cat(scales, 1).log().sum(1) + top.sum((1, 2))
 
 
+def semi_markov_loop(initial: Tensor, transition: Tensor, emission: Tensor, durations: Tensor) -> Tensor:
+    """Forward algorithm over segments: one matrix product and one torch.logsumexp over durations a frame."""
+    by_duration, arcs, start = durations.T, transition.exp(), initial.expand(emission.shape[0], -1)
+    windows, total, end = start.new_full((len(start), *by_duration.shape), -torch.inf), 0, start
+    for t, scores in enumerate(emission.unbind(1)):
+        if t > 0:
+            top = end.detach().amax(-1, keepdim=True)
+            start, total, windows = torch.mm((end - top).exp(), arcs).log(), total + top, windows - top.unsqueeze(1)
+        windows = torch.cat([start.unsqueeze(1), windows[:, :-1]], 1) + scores.unsqueeze(1)
+        end = torch.logsumexp(windows + by_duration, 1)
+    return (total + torch.logsumexp(end, -1, keepdim=True)).squeeze(-1)
+
+
 def _problem(kind: str, batch: int, states: int, frames: int) -> list[Tensor]:
     g = torch.Generator().manual_seed(7)
     initial = torch.randn(states, generator=g).log_softmax(-1)
     transition = torch.randn(states, states, generator=g).log_softmax(-1)
-    if kind == "shared":
-        return [initial, transition, -torch.randn(batch, frames, states, generator=g).pow_(2)]
+    if kind != "dense":
+        scores = [initial, transition, -torch.randn(batch, frames, states, generator=g).pow_(2)]
+        durations = [torch.randn(states, LONGEST, generator=g).log_softmax(-1)] if kind == "semi-Markov" else []
+        return scores + durations
     arcs = -torch.randn(batch, frames - 1, states, states, generator=g).pow_(2)
     return [initial.expand(batch, -1).contiguous(), arcs.add_(transition)]
 
@@ -108,7 +126,9 @@ def measure(kind: str, states: int, frames: int, batch: int, seconds: float) -> 
         RuntimeError: the layer and the loop disagree by more than 3e-6 of the log partition.
     """
     scores = _problem(kind, batch, states, frames)
-    layer, loop = _timed(log_partition, scores), _timed(dense_loop if kind == "dense" else shared_loop, scores)
+    plain = {"dense": dense_loop, "shared": shared_loop, "semi-Markov": semi_markov_loop}[kind]
+    model = SemiMarkovHMM if kind == "semi-Markov" else HMM
+    layer, loop = _timed(lambda *x: model(*x).log_partition(), scores), _timed(plain, scores)
     ours, theirs = layer()[2].double(), loop()[2].double()
     difference = float(((ours - theirs) / theirs).abs().max())
     if not difference < 3e-6:
@@ -120,7 +140,7 @@ def measure(kind: str, states: int, frames: int, batch: int, seconds: float) -> 
         times.append((*layer()[:2], *loop()[:2]))
         with torch.no_grad():
             start = time.perf_counter()
-            HMM(*scores).viterbi()
+            model(*scores).viterbi()
             viterbi.append(time.perf_counter() - start)
     forward, backward, loop_forward, loop_backward = (statistics.median(x) * 1e3 for x in zip(*times, strict=True))
     ratio = statistics.median((c + d) / (a + b) for a, b, c, d in times)

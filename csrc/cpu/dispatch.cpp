@@ -58,7 +58,13 @@ bool valid(const hmm_problem *p) {
   return std::all_of(p->lengths, p->lengths + p->batch, [&](int64_t n) { return n >= 0 && n <= p->time; });
 }
 
-std::vector<int64_t> by_falling_length(const hmm_problem &p) {
+bool valid(const hmm_semi_markov *p) {
+  if (!p || p->batch < 0 || p->time < 0 || p->states < 1 || p->max_duration < 1 || p->threads < 1) return false;
+  if (p->batch > 0 && (!p->initial || !p->lengths || !p->transition || !p->durations || (p->time > 0 && !p->emission))) return false;
+  return std::all_of(p->lengths, p->lengths + p->batch, [&](int64_t n) { return n >= 0 && n <= p->time; });
+}
+
+template <class Problem> std::vector<int64_t> by_falling_length(const Problem &p) {
   std::vector<int64_t> order(p.batch);
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return p.lengths[a] > p.lengths[b]; });
@@ -81,7 +87,7 @@ size_t edge_numbers(const hmm_problem &p) {
   return p.transition_batch_stride ? size_t(p.batch) * arcs : arcs;
 }
 
-template <class Body> int guarded(const hmm_problem *p, Body body) {
+template <class Problem, class Body> int guarded(const Problem *p, Body body) {
   if (!valid(p)) return HMM_INVALID_ARGUMENT;
   try {
     return body();
@@ -132,9 +138,42 @@ template <class Body> int guarded(const hmm_problem *p, Body body) {
     });                                                                                                                 \
   }
 
+#define HMM_DEFINE_SEMI_MARKOV(suffix, Real)                                                                            \
+  int hmm_semi_markov_forward_##suffix(const hmm_semi_markov *p, Real *log_partition, double *messages, double *centre) { \
+    return guarded(p, [&] {                                                                                             \
+      return chosen().semi_markov_##suffix.forward(*p, by_falling_length(*p).data(), parallel, log_partition, messages, \
+                                                   centre);                                                             \
+    });                                                                                                                 \
+  }                                                                                                                     \
+  int hmm_semi_markov_backward_##suffix(const hmm_semi_markov *p, const Real *grad, const Real *log_partition,          \
+                                        const double *messages, const double *centre, Real *state, Real *starts,        \
+                                        Real *arcs, Real *durations) {                                                  \
+    return guarded(p, [&] {                                                                                             \
+      return chosen().semi_markov_##suffix.backward(*p, by_falling_length(*p).data(), parallel, grad, log_partition,    \
+                                                    messages, centre, state, starts, arcs, durations);                  \
+    });                                                                                                                 \
+  }                                                                                                                     \
+  int hmm_semi_markov_viterbi_##suffix(const hmm_semi_markov *p, Real *score, double *messages, double *centre,         \
+                                       int64_t *states, uint8_t *starts) {                                              \
+    return guarded(p, [&] {                                                                                             \
+      return chosen().semi_markov_##suffix.viterbi(*p, by_falling_length(*p).data(), parallel, score, messages, centre, \
+                                                   states, starts);                                                     \
+    });                                                                                                                 \
+  }                                                                                                                     \
+  int hmm_semi_markov_sample_##suffix(const hmm_semi_markov *p, int64_t samples, const Real *log_partition,             \
+                                      const double *messages, const double *centre, const double *uniform,              \
+                                      int64_t *states, uint8_t *starts) {                                               \
+    return guarded(p, [&] {                                                                                             \
+      return chosen().semi_markov_##suffix.sample(*p, parallel, samples, log_partition, messages, centre, uniform,      \
+                                                  states, starts);                                                      \
+    });                                                                                                                 \
+  }
+
 extern "C" {
 HMM_DEFINE(f32, float)
 HMM_DEFINE(f64, double)
+HMM_DEFINE_SEMI_MARKOV(f32, float)
+HMM_DEFINE_SEMI_MARKOV(f64, double)
 
 int hmm_abi_version(void) { return HMM_ABI_VERSION; }
 

@@ -5,6 +5,7 @@
 #include "parallel.h"
 #include "redo.h"
 #include "sampling.h"
+#include "semi_markov_batch.h"
 #include "tangent.h"
 #include "topk.h"
 #include "viterbi.h"
@@ -421,4 +422,5 @@ constexpr Kernels<Real> table() {
 #define HMM_NAME(name) HMM_STRING(name)
 #define HMM_TABLE_OF(name) hmm_##name
 #define HMM_TABLE(name) HMM_TABLE_OF(name)
-extern const InstructionSet HMM_TABLE(HMM_TARGET) = {HMM_NAME(HMM_TARGET), table<float>(), table<double>()};
+extern const InstructionSet HMM_TABLE(HMM_TARGET) = {HMM_NAME(HMM_TARGET), table<float>(), table<double>(),
+                                             semi_markov::table<float>(), semi_markov::table<double>()};

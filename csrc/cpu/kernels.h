@@ -18,10 +18,22 @@ template <class Real> struct Kernels {
                  Real *expected, Real *state, Real *edge);
 };
 
+template <class Real> struct SemiMarkovKernels {
+  int (*forward)(const hmm_semi_markov &, const int64_t *order, Parallel, Real *log_partition, double *messages, double *centre);
+  int (*backward)(const hmm_semi_markov &, const int64_t *order, Parallel, const Real *grad, const Real *log_partition,
+                  const double *messages, const double *centre, Real *state, Real *starts, Real *arcs, Real *durations);
+  int (*viterbi)(const hmm_semi_markov &, const int64_t *order, Parallel, Real *score, double *messages, double *centre,
+                 int64_t *states, uint8_t *starts);
+  int (*sample)(const hmm_semi_markov &, Parallel, int64_t samples, const Real *log_partition, const double *messages,
+                const double *centre, const double *uniform, int64_t *states, uint8_t *starts);
+};
+
 struct InstructionSet {
   const char *name;
   Kernels<float> f32;
   Kernels<double> f64;
+  SemiMarkovKernels<float> semi_markov_f32;
+  SemiMarkovKernels<double> semi_markov_f64;
 };
 
 extern const InstructionSet hmm_portable;

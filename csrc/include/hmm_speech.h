@@ -93,6 +93,54 @@ HMM_API int hmm_tangent_f32(const hmm_problem *, const float *grad, const float 
 HMM_API int hmm_tangent_f64(const hmm_problem *, const double *grad, const double *direction_state,
                     const double *direction_edge, double *expected, double *state, double *edge);
 
+/* Semi-Markov chains. A segmentation covers the L frames by segments of a state z_k and a duration d_k, 1..D; its score is
+ *     initial[z_1] + sum_k (durations[z_k, d_k - 1] + its frames' emission[t, z_k]) + sum_{k>1} transition[z_{k-1}, z_k]
+ *     + final[z_K]                                                                                                     */
+typedef struct hmm_semi_markov {
+  int64_t batch, time, states, max_duration; /* B, T, N, D >= 1 */
+  const void *initial;                       /* (B, N), as in hmm_problem */
+  int64_t initial_batch_stride;
+  const void *transition; /* (B, N, N) */
+  int64_t transition_batch_stride;
+  const void *emission;  /* (B, T, N) contiguous */
+  const void *durations; /* (B, N, D) */
+  int64_t durations_batch_stride;
+  const int64_t *lengths;
+  const void *final;
+  int64_t final_batch_stride;
+  int32_t threads;
+} hmm_semi_markov;
+
+/* Forward pass. log_partition (B,), messages (2, B, T, N), centre (B, T) out; the last two NULL to skip. messages hold
+ * log start_t(j) and log end_t(j) of csrc/cpu/semi_markov.h, less centres; they are of use to the functions below. */
+HMM_API int hmm_semi_markov_forward_f32(const hmm_semi_markov *, float *log_partition, double *messages, double *centre);
+HMM_API int hmm_semi_markov_forward_f64(const hmm_semi_markov *, double *log_partition, double *messages, double *centre);
+
+/* Posteriors times grad (B,), from the forward pass's outputs.
+ *   state (B, T, N) out: p(z_t = j); starts (B, T, N) out, NULL to skip: p(a segment of j starts at t); 0 past the end.
+ *   arcs, durations out, NULL to skip: expected counts, (B, N, N) and (B, N, D), or summed over the batch where the
+ *   scores' batch stride is 0. */
+HMM_API int hmm_semi_markov_backward_f32(const hmm_semi_markov *, const float *grad, const float *log_partition,
+                    const double *messages, const double *centre, float *state, float *starts, float *arcs, float *durations);
+HMM_API int hmm_semi_markov_backward_f64(const hmm_semi_markov *, const double *grad, const double *log_partition,
+                    const double *messages, const double *centre, double *state, double *starts, double *arcs,
+                    double *durations);
+
+/* The best segmentation. score (B,), states (B, T) and starts (B, T), 1 where a segment starts, out; messages and centre
+ * as above (workspace). Ties go to the smallest state, then the shortest duration. -1 and 0 past the end and where
+ * nothing is feasible. */
+HMM_API int hmm_semi_markov_viterbi_f32(const hmm_semi_markov *, float *score, double *messages, double *centre,
+                    int64_t *states, uint8_t *starts);
+HMM_API int hmm_semi_markov_viterbi_f64(const hmm_semi_markov *, double *score, double *messages, double *centre,
+                    int64_t *states, uint8_t *starts);
+
+/* Segmentations drawn from the posterior, from the forward pass's outputs. uniform (S, B, T, 2) in [0, 1); states and
+ * starts (S, B, T) out. */
+HMM_API int hmm_semi_markov_sample_f32(const hmm_semi_markov *, int64_t samples, const float *log_partition,
+                    const double *messages, const double *centre, const double *uniform, int64_t *states, uint8_t *starts);
+HMM_API int hmm_semi_markov_sample_f64(const hmm_semi_markov *, int64_t samples, const double *log_partition,
+                    const double *messages, const double *centre, const double *uniform, int64_t *states, uint8_t *starts);
+
 HMM_API int hmm_abi_version(void);
 HMM_API const char *hmm_instruction_set(void);    /* "avx512", "avx2" or "portable": what the running CPU got */
 HMM_API const char *hmm_status_message(int status);

@@ -4,6 +4,7 @@ from .api import HMM, HMMForward, TopK, Viterbi, log_partition
 from .filter import HMMFilter
 from .layer import HMMLayer
 from .library import Backend, backend, use_backend
+from .semi_markov import Segmentation, SemiMarkovHMM
 from .structures import Active, Banded, Chunked, LowRank
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "HMMForward",
     "HMMLayer",
     "LowRank",
+    "Segmentation",
+    "SemiMarkovHMM",
     "TopK",
     "Viterbi",
     "backend",
