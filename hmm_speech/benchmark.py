@@ -20,10 +20,11 @@ from torch import Tensor
 
 from hmm_speech.data.unitfile import atomic_path
 from hmm_speech.errors import UserError
-from hmm_speech.hmm import HMM, SemiMarkovHMM, backend
+from hmm_speech.hmm import HMM, Active, SemiMarkovHMM, backend, log_partition
 
 # (kind, N, T). "dense": transitions that vary over time, (B, T-1, N, N); "shared": one (N, N) for all frames;
-# "semi-Markov": segments of 1 to LONGEST frames.
+# "semi-Markov": segments of 1 to LONGEST frames; "active": shared, with SLOTS of the states for each frame of UTTERANCES
+# sequences, T frames in the mean.
 LONGEST = 30
 ROWS = (
     ("dense", 50, 1000),
@@ -34,8 +35,11 @@ ROWS = (
     ("shared", 512, 1000),
     ("shared", 1024, 300),
     ("semi-Markov", 50, 1000),
+    ("active", 1000, 184),
 )
 QUICK = (("dense", 50, 300), ("shared", 50, 1000))
+
+UTTERANCES, SLOTS = 450, 10
 
 
 @dataclass
@@ -148,6 +152,54 @@ def measure(kind: str, states: int, frames: int, batch: int, seconds: float) -> 
                ratio, difference)  # fmt: skip
 
 
+def _active_problem(states: int, frames: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Scores (initial, transition, those of the slots), the states of the slots in blocks, and ragged lengths."""
+    g = torch.Generator().manual_seed(7)
+    share = torch.rand(UTTERANCES, generator=g) + 0.35
+    lengths = (share * (UTTERANCES * frames / share.sum())).long()
+    time = int(lengths.max())
+    blocks = torch.randint(0, states // SLOTS, (UTTERANCES, time, 1), generator=g)
+    scores = [
+        torch.randn(states, generator=g).log_softmax(-1),
+        torch.randn(states, states, generator=g).log_softmax(-1),
+    ]
+    return [*scores, torch.randn(UTTERANCES, time, SLOTS, generator=g)], blocks * SLOTS + torch.arange(SLOTS), lengths
+
+
+def measure_active(states: int, frames: int, seconds: float) -> Row:
+    """Blocked emissions beside the layer's own dense chain with -inf for all other states.
+
+    The dense chain has the first 100 frames of 8 sequences; its times are scaled to as many frames as the others are.
+
+    Raises:
+        RuntimeError: the two disagree on these by more than 3e-6 of the log partition.
+    """
+    scores, slots, lengths = _active_problem(states, frames)
+    few, short = slots[:8, :100].contiguous(), lengths[:8].clamp(max=100)
+    dense = [*scores[:2], Active(few, scores[2][:8, :100].contiguous()).dense(states)]
+    layer = _timed(lambda pi, phi, e: log_partition(pi, phi, Active(slots, e), lengths), scores)
+    plain = _timed(lambda pi, phi, e: log_partition(pi, phi, e, short), dense)
+    ours = log_partition(*scores[:2], Active(few, scores[2][:8, :100]), short).double()
+    difference = float(((ours - plain()[2]) / ours).abs().max())
+    if not difference < 3e-6:
+        raise RuntimeError(f"active N={states}: the active and the dense chain differ by {difference:.1e} of log Z")
+    scale = float(lengths.sum() / short.sum())
+    times: list[tuple[float, ...]] = []
+    layer()
+    end = time.perf_counter() + seconds
+    while len(times) < 5 or (time.perf_counter() < end and len(times) < 50):
+        found = (*layer()[:2], *(scale * x for x in plain()[:2]))
+        start = time.perf_counter()
+        with torch.no_grad():
+            HMM(*scores[:2], Active(slots, scores[2]), lengths).viterbi()
+        times.append((*found, time.perf_counter() - start))
+    forward, backward, loop_forward, loop_backward, viterbi = (
+        statistics.median(x) * 1e3 for x in zip(*times, strict=True)
+    )
+    ratio = statistics.median((c + d) / (a + b) for a, b, c, d, _ in times)
+    return Row("active", states, frames, forward, backward, viterbi, loop_forward, loop_backward, ratio, difference)
+
+
 def hardware() -> dict[str, str | int]:
     """What the numbers were taken on."""
     cpu = platform.processor() or platform.machine()
@@ -169,7 +221,10 @@ def hardware() -> dict[str, str | int]:
 def rows(quick: bool, batch: int, seconds: float) -> Iterator[Row]:
     """All rows, as they are measured."""
     for kind, states, frames in QUICK if quick else ROWS:
-        yield measure(kind, states, frames, batch, seconds)
+        if kind == "active":
+            yield measure_active(states, frames, seconds)
+        else:
+            yield measure(kind, states, frames, batch, seconds)
 
 
 def bench(threads: int, batch: int, seconds: float, quick: bool, out: Path | None) -> None:
@@ -186,9 +241,13 @@ def bench(threads: int, batch: int, seconds: float, quick: bool, out: Path | Non
     title = "B={}, float32, {threads} thread(s), {cpu}, {instructions} ({backend}), torch {torch}".format(
         batch, **machine
     )
-    table = Table(
-        title=title, caption="milliseconds, medians of paired rounds; ratio: loop / layer, forward + backward"
-    )
+    caption = "milliseconds, medians of paired rounds; ratio: loop / layer, forward + backward"
+    if not quick:
+        caption += (
+            f"; active: {UTTERANCES} sequences of T frames in the mean, {SLOTS} states a frame; its loop is the layer "
+            "with a dense emission, scaled from 8 x 100 frames"
+        )
+    table = Table(title=title, caption=caption)
     for column in ("arcs", "N", "T", "fwd", "bwd", "Viterbi", "loop fwd", "loop bwd", "ratio"):
         table.add_column(column, justify="left" if column == "arcs" else "right")
     found = []

@@ -64,6 +64,13 @@ bool valid(const hmm_semi_markov *p) {
   return std::all_of(p->lengths, p->lengths + p->batch, [&](int64_t n) { return n >= 0 && n <= p->time; });
 }
 
+bool valid(const hmm_active_problem *p) {
+  if (!p || p->batch < 0 || p->time < 0 || p->states < 1 || p->slots < 1 || p->threads < 1) return false;
+  if (p->batch > 0 && (!p->initial || !p->lengths || !p->transition)) return false;
+  if (p->batch > 0 && p->time > 0 && (!p->active || !p->emission)) return false;
+  return std::all_of(p->lengths, p->lengths + p->batch, [&](int64_t n) { return n >= 0 && n <= p->time; });
+}
+
 template <class Problem> std::vector<int64_t> by_falling_length(const Problem &p) {
   std::vector<int64_t> order(p.batch);
   std::iota(order.begin(), order.end(), 0);
@@ -80,6 +87,8 @@ void advise_huge_pages(void *data, size_t bytes) {
   if (data && end > begin) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);  // only advice
 #endif
 }
+
+size_t messages(const hmm_active_problem &p) { return size_t(p.batch) * size_t(p.time) * size_t(p.slots); }
 
 size_t edge_numbers(const hmm_problem &p) {
   const size_t arcs = size_t(p.states) * size_t(p.states);
@@ -169,11 +178,43 @@ template <class Problem, class Body> int guarded(const Problem *p, Body body) {
     });                                                                                                                 \
   }
 
+#define HMM_DEFINE_ACTIVE(suffix, Real)                                                                                 \
+  int hmm_active_forward_##suffix(const hmm_active_problem *p, Real *log_partition, Real *alpha, int32_t *method) {     \
+    return guarded(p, [&] {                                                                                             \
+      advise_huge_pages(alpha, messages(*p) * sizeof(Real));                                                            \
+      return chosen().active_##suffix.forward(*p, by_falling_length(*p).data(), parallel, log_partition, alpha, method); \
+    });                                                                                                                 \
+  }                                                                                                                     \
+  int hmm_active_backward_##suffix(const hmm_active_problem *p, const Real *grad, const Real *alpha,                    \
+                                   const int32_t *method, Real *state, Real *edge, int64_t edge_batch_stride) {         \
+    return guarded(p, [&] {                                                                                             \
+      const size_t blocks = edge_batch_stride ? size_t(p->batch) : 1;                                                   \
+      advise_huge_pages(state, messages(*p) * sizeof(Real));                                                            \
+      if (edge) advise_huge_pages(edge, blocks * size_t(p->states) * size_t(p->states) * sizeof(Real));                 \
+      return chosen().active_##suffix.backward(*p, by_falling_length(*p).data(), parallel, grad, alpha, method, state,  \
+                                               edge, edge_batch_stride);                                                \
+    });                                                                                                                 \
+  }                                                                                                                     \
+  int hmm_active_viterbi_##suffix(const hmm_active_problem *p, Real *score, Real *delta, int64_t *states) {             \
+    return guarded(p, [&] {                                                                                             \
+      return chosen().active_##suffix.viterbi(*p, by_falling_length(*p).data(), parallel, score, delta, states);        \
+    });                                                                                                                 \
+  }                                                                                                                     \
+  int hmm_active_sample_##suffix(const hmm_active_problem *p, int64_t samples, const Real *log_partition,               \
+                                 const Real *alpha, const int32_t *method, const Real *uniform, int64_t *states) {      \
+    return guarded(p, [&] {                                                                                             \
+      return chosen().active_##suffix.sample(*p, by_falling_length(*p).data(), parallel, samples, log_partition, alpha, \
+                                             method, uniform, states);                                                  \
+    });                                                                                                                 \
+  }
+
 extern "C" {
 HMM_DEFINE(f32, float)
 HMM_DEFINE(f64, double)
 HMM_DEFINE_SEMI_MARKOV(f32, float)
 HMM_DEFINE_SEMI_MARKOV(f64, double)
+HMM_DEFINE_ACTIVE(f32, float)
+HMM_DEFINE_ACTIVE(f64, double)
 
 int hmm_abi_version(void) { return HMM_ABI_VERSION; }
 

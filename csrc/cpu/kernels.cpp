@@ -2,6 +2,7 @@
 // everything else has internal linkage, so that the linker cannot mix code of different instruction sets.
 #include "kernels.h"
 
+#include "active_kernels.h"
 #include "parallel.h"
 #include "redo.h"
 #include "sampling.h"
@@ -423,4 +424,5 @@ constexpr Kernels<Real> table() {
 #define HMM_TABLE_OF(name) hmm_##name
 #define HMM_TABLE(name) HMM_TABLE_OF(name)
 extern const InstructionSet HMM_TABLE(HMM_TARGET) = {HMM_NAME(HMM_TARGET), table<float>(), table<double>(),
-                                             semi_markov::table<float>(), semi_markov::table<double>()};
+                                             semi_markov::table<float>(), semi_markov::table<double>(),
+                                             active::table<float>(), active::table<double>()};

@@ -28,12 +28,23 @@ template <class Real> struct SemiMarkovKernels {
                 const double *centre, const double *uniform, int64_t *states, uint8_t *starts);
 };
 
+template <class Real> struct ActiveKernels {
+  int (*forward)(const hmm_active_problem &, const int64_t *order, Parallel, Real *log_partition, Real *alpha, int32_t *method);
+  int (*backward)(const hmm_active_problem &, const int64_t *order, Parallel, const Real *grad, const Real *alpha,
+                  const int32_t *method, Real *state, Real *edge, int64_t edge_batch_stride);
+  int (*viterbi)(const hmm_active_problem &, const int64_t *order, Parallel, Real *score, Real *delta, int64_t *states);
+  int (*sample)(const hmm_active_problem &, const int64_t *order, Parallel, int64_t samples, const Real *log_partition,
+                const Real *alpha, const int32_t *method, const Real *uniform, int64_t *states);
+};
+
 struct InstructionSet {
   const char *name;
   Kernels<float> f32;
   Kernels<double> f64;
   SemiMarkovKernels<float> semi_markov_f32;
   SemiMarkovKernels<double> semi_markov_f64;
+  ActiveKernels<float> active_f32;
+  ActiveKernels<double> active_f64;
 };
 
 extern const InstructionSet hmm_portable;

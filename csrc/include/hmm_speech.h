@@ -141,6 +141,39 @@ HMM_API int hmm_semi_markov_sample_f32(const hmm_semi_markov *, int64_t samples,
 HMM_API int hmm_semi_markov_sample_f64(const hmm_semi_markov *, int64_t samples, const double *log_partition,
                     const double *messages, const double *centre, const double *uniform, int64_t *states, uint8_t *starts);
 
+/* Chains of which K of the N states can emit a frame. Frame t of sequence b has the states active[b, t, :], each at most
+ * once, in any order, and negative where a slot pads; the emission there is never read. */
+typedef struct hmm_active_problem {
+  int64_t batch, time, states, slots; /* B, T, N, K */
+  const void *initial;                /* (B, N) */
+  int64_t initial_batch_stride;       /* N, or 0 */
+  const void *transition;             /* (B, N, N): [b, i, j] scores i -> j at every frame */
+  int64_t transition_batch_stride;    /* 0 to share one */
+  const int64_t *active;              /* (B, T, K) contiguous, 0..N-1, or negative */
+  const void *emission;               /* (B, T, K) contiguous: the score of the frame under active[b, t, k] */
+  const int64_t *lengths;             /* (B,), 0..T */
+  const void *final;                  /* (B, N), or NULL for none */
+  int64_t final_batch_stride;
+  int32_t threads; /* at least 1 */
+} hmm_active_problem;
+
+/* As the functions without `active` in their names, over slots (csrc/cpu/active.h).
+ *   alpha, state, delta (B, T, K), 0 where a slot pads and past the end; method HMM_SCALED or HMM_REDONE.
+ *   edge, NULL to skip: (N, N), summed over the batch, where edge_batch_stride is 0 (and transition_batch_stride too), else
+ *   (B, N, N). states: (B, T) and (S, B, T), of 0..N-1. Ties of Viterbi go to the smallest state. */
+HMM_API int hmm_active_forward_f32(const hmm_active_problem *, float *log_partition, float *alpha, int32_t *method);
+HMM_API int hmm_active_forward_f64(const hmm_active_problem *, double *log_partition, double *alpha, int32_t *method);
+HMM_API int hmm_active_backward_f32(const hmm_active_problem *, const float *grad, const float *alpha, const int32_t *method,
+                                    float *state, float *edge, int64_t edge_batch_stride);
+HMM_API int hmm_active_backward_f64(const hmm_active_problem *, const double *grad, const double *alpha, const int32_t *method,
+                                    double *state, double *edge, int64_t edge_batch_stride);
+HMM_API int hmm_active_viterbi_f32(const hmm_active_problem *, float *score, float *delta, int64_t *states);
+HMM_API int hmm_active_viterbi_f64(const hmm_active_problem *, double *score, double *delta, int64_t *states);
+HMM_API int hmm_active_sample_f32(const hmm_active_problem *, int64_t samples, const float *log_partition, const float *alpha,
+                                  const int32_t *method, const float *uniform, int64_t *states);
+HMM_API int hmm_active_sample_f64(const hmm_active_problem *, int64_t samples, const double *log_partition, const double *alpha,
+                                  const int32_t *method, const double *uniform, int64_t *states);
+
 HMM_API int hmm_abi_version(void);
 HMM_API const char *hmm_instruction_set(void);    /* "avx512", "avx2" or "portable": what the running CPU got */
 HMM_API const char *hmm_status_message(int status);

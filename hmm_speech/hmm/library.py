@@ -76,6 +76,11 @@ def _declare(handle: ctypes.CDLL) -> None:
     for name, types in arguments.items():
         for suffix in ("f32", "f64"):
             getattr(handle, f"hmm_{name}_{suffix}").argtypes = [problem, *types]
+    active = {"forward": [pointer] * 3, "backward": [pointer] * 5 + [ctypes.c_int64], "viterbi": [pointer] * 3}
+    active["sample"] = arguments["sample"]
+    for name, types in active.items():
+        for suffix in ("f32", "f64"):
+            getattr(handle, f"hmm_active_{name}_{suffix}").argtypes = [pointer, *types]
     handle.hmm_instruction_set.restype = ctypes.c_char_p
     handle.hmm_status_message.restype = ctypes.c_char_p
 

@@ -208,7 +208,15 @@ class Active:
     r"""Emission scores of a chain of which only some states can emit a frame: blocked and cloned HMMs (Chiu and Rush
     2020, section 3.1; Dedieu et al. 2019).
 
-    Forward-backward costs K^2 a frame, not N^2. Gradients are posteriors here too: that of ``scores`` has (B, T, K).
+    Forward-backward costs K^2 a frame, not N^2, plus 2 N^2 a call where the frames have more arcs between them than the
+    transition has: with N = 1000, K = 10 and 83,000 frames in 450 sequences, 16 ms on one AVX-512 core, the gradient of
+    a shared transition included. Fastest where the states of a frame are consecutive and padded at the end: blocks of
+    the transition are then read in place. Transitions that vary over time, or have a structure, go through plain blocks
+    (B, T-1, K, K); so do edge marginals, ``topk`` and second derivatives.
+
+    Gradients are posteriors here too: that of ``scores`` is (B, T, K), 0 where ``states`` pads; that of ``transition``
+    is (N, N), 0 for arcs between states that no two neighbouring frames have. ``marginals()`` and
+    ``transition_counts()`` are (B, T, N) and (B, N, N), as for any chain. Ties of Viterbi go to the smallest state.
 
     Args:
         states: (B, T, K) int64: the states, 0..N-1, that can emit each frame, each at most once; -1 pads.

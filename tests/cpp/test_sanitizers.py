@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLAGS = {"address": "-fsanitize=address,undefined -fno-sanitize-recover=all", "thread": "-fsanitize=thread"}
 
 
-PROGRAMS = ("exercise", "exercise_best_paths", "exercise_halves", "exercise_semi_markov")
+PROGRAMS = ("exercise", "exercise_best_paths", "exercise_halves", "exercise_semi_markov", "exercise_active")
 
 
 def built(folder, sanitizer):

@@ -1,0 +1,197 @@
+// Log space over the K slots of each frame, in float64: forward-backward of what scaled probabilities could not certify
+// (the recursions are those of log_space.h), and Viterbi and sampling of chains of which K of the N states emit a frame
+// (viterbi.h). Blocks of scores are gathered frame by frame, K^2 reads. Limits: none on N, T or K.
+#pragma once
+#include "active_blocks.h"
+#include "sampling.h"
+
+namespace {
+
+// The messages of one sequence, and what reads its scores slot by slot.
+template <class Real> struct ActiveLog {
+  const ActiveSequence<Real> q;
+  const int64_t K, padded;
+  Scratch<double> alpha, norm, centre, rows;
+  Scratch<Real> block, slots;
+  double log_partition = 0;
+
+  explicit ActiveLog(const ActiveSequence<Real> &sequence)
+      : q(sequence), K(q.slots), padded(round_up(K, 4 * kLanes<double>)), alpha(q.length * K), norm(q.length * K),
+        centre(q.length), rows(3 * padded), block(K * K), slots(3 * K) {
+    if (allocated()) log_partition = forward();
+  }
+  bool allocated() const { return alpha.data && norm.data && centre.data && rows.data && block.data && slots.data; }
+
+  // Scores of the arcs from frame t-1 to frame t, (K, K).
+  const Real *arcs(const Frame<Real> &from, const Frame<Real> &to) {
+    gather_block(q.transition, q.states, from, to, kNegativeInfinity<Real>, (Real *)block, K, K);
+    return block;
+  }
+
+  // As backward_log_space: state (L, K) is written, counts (N, N), null to skip, are added to.
+  bool backward(double grad, Real *state, Real *counts) {
+    const int64_t L = q.length;
+    const bool nan = log_partition != log_partition || log_partition == std::numeric_limits<double>::infinity();
+    Scratch<double> edges(counts ? K * K : 0);
+    if (!edges.data) return false;
+    if (grad == 0 || nan || log_partition == -std::numeric_limits<double>::infinity()) {
+      const double fill = nan ? std::numeric_limits<double>::quiet_NaN() : 0;
+      for (int64_t k = 0; k < L * K; k++) state[k] = Real(fill);
+      for (int64_t k = 0; counts && k < K * K; k++) edges[k] = fill;
+      for (int64_t t = 1; nan && counts && t < L; t++) count(q.frame(t - 1), q.frame(t), edges, 1, counts);
+      return true;
+    }
+    double *gamma = rows, *safe = gamma + padded, *previous = safe + padded;
+    clear(gamma, padded);
+    clear(safe, padded);
+    for (int64_t j = 0; L > 0 && j < K; j++) previous[j] = std::exp(alpha[(L - 1) * K + j]);
+    for (int64_t t = L - 1; t >= 0; t--) {
+      double total = 0;
+      for (int64_t j = 0; j < K; j++) total += previous[j];
+      for (int64_t j = 0; j < K; j++) state[t * K + j] = Real((gamma[j] = previous[j] / total) * grad);
+      if (t == 0) break;
+      const Frame<Real> from = q.frame(t - 1), to = q.frame(t);
+      for (int64_t j = 0; j < K; j++) safe[j] = gamma[j] == 0 ? std::numeric_limits<double>::max() / 4 : norm[t * K + j];
+      posterior_step<false>(arcs(from, to), alpha + (t - 1) * K, (const double *)safe, centre[t], (const double *)gamma, K,
+                            previous, counts ? (double *)edges : nullptr);
+      if (counts) count(from, to, edges, grad, counts);
+    }
+    return true;
+  }
+
+ private:
+  // counts(i, j) += grad edges(i, j) for the states of two frames.
+  void count(const Frame<Real> &from, const Frame<Real> &to, const double *edges, double grad, Real *counts) const {
+    for (int64_t i = 0; i < from.count; i++)
+      for (int64_t j = 0; from.id[i] >= 0 && j < to.count; j++)
+        if (to.id[j] >= 0) counts[from.id[i] * q.states + to.id[j]] += Real(edges[i * K + j] * grad);
+  }
+
+  // As forward_log_space.
+  double forward() {
+    constexpr int W = kLanes<double>;
+    constexpr double ninf = kNegativeInfinity<double>;
+    double offset = 0, *maximum = rows, *sum = maximum + padded;
+    Frame<Real> from;
+    for (int64_t t = 0; t < q.length; t++) {
+      const Frame<Real> to = q.frame(t);
+      Real *const score = slots, *const ends = score + K;
+      double *row = norm + t * K;
+      gather_scores(to, K, score);
+      if (t == 0) {
+        gather_row(q.initial, to, K, kNegativeInfinity<Real>, ends);
+        centre[0] = row_max<Real, double>(ends, K);
+        for (int64_t j = 0; j < K; j++) row[j] = double(ends[j]) - centre[0];
+      } else {
+        log_sum_step(arcs(from, to), alpha + (t - 1) * K, K, maximum, sum);
+        centre[t] = row_max<double, double>(maximum, K);
+        for (int64_t j = 0; j < K; j += W) {
+          const Vec<double> c = load(maximum + j), s = load(sum + j);
+          store_part(row + j, K - j, c == ninf ? c : (c - centre[t]) + log(s == 0. ? splat(1.) : s));
+        }
+      }
+      const bool end = q.final && t == q.length - 1;
+      if (end) gather_row(q.final, to, K, kNegativeInfinity<Real>, ends);
+      offset += centre[t];
+      if (!centre_row<Real, double>(row, score, end ? ends : nullptr, K, alpha + t * K, offset))
+        return offset == offset ? ninf : offset;
+      from = to;
+    }
+    double total = 0;
+    for (int64_t j = 0; q.length > 0 && j < K; j++) total += std::exp(alpha[(q.length - 1) * K + j]);
+    return q.length > 0 ? offset + std::log(total) : 0;
+  }
+};
+
+// out(j) = max_i [delta(i) + phi(i, j)], K numbers; between two runs phi is read in place.
+template <class Real>
+void max_slots(const ActiveSequence<Real> &q, const Frame<Real> &from, const Frame<Real> &to, const Real *delta, Real *block,
+               Real *out) {
+  constexpr int W = kLanes<Real>;
+  const Real ninf = kNegativeInfinity<Real>;
+  const bool in_place = from.run && to.run;
+  const int64_t pitch = in_place ? q.states : q.slots;
+  if (!in_place) gather_block(q.transition, q.states, from, to, ninf, block, q.slots, q.slots);
+  const Real *rows = in_place ? q.transition + from.id[0] * q.states + to.id[0] : block;
+  for (int64_t j = 0; j < q.slots; j += W) {
+    Vec<Real> m = splat(ninf);
+    for (int64_t i = 0; i < from.count; i++) m = larger(m, load_part(rows + i * pitch + j, to.count - j, ninf) + delta[i]);
+    store(out + j, m);
+  }
+}
+
+// The best of K scores; ties go to the smallest state.
+template <class Real> int64_t best_slot(const Real *score, const Frame<Real> &f) {
+  int64_t best = 0;
+  for (int64_t j = 1; j < f.count; j++)
+    if (score[j] > score[best] || (score[j] == score[best] && f.id[j] < f.id[best])) best = j;
+  return best;
+}
+
+// The score of the best path and its states (L); delta (L, K) is workspace, scratch 4 K + 64 numbers and `block` (K, K).
+template <class Real>
+double viterbi_active(const ActiveSequence<Real> &q, Real *delta, int64_t *states, Real *scratch, Real *block) {
+  const int64_t K = q.slots, L = q.length;
+  const Real ninf = kNegativeInfinity<Real>;
+  Real *score = scratch, *ends = score + K, *row = ends + K;
+  double offset = 0;
+  bool feasible = true;
+  Frame<Real> from, to, next = L > 0 ? q.frame(0) : Frame<Real>{};
+  for (int64_t t = 0; t < L && feasible; t++, from = to) {
+    to = next;
+    if (t + 1 < L) {
+      next = q.frame(t + 1);
+      prefetch_window<false>(q.transition, q.states, to, next);
+    }
+    gather_scores(to, K, score);
+    Real top = 0;
+    if (t == 0) {
+      gather_row(q.initial, to, K, ninf, row);
+      top = row_max<Real, Real>(row, K);
+      for (int64_t j = 0; j < K; j++) row[j] -= top;
+    } else max_slots(q, from, to, (const Real *)delta + (t - 1) * K, block, row);
+    const bool end = q.final && t == L - 1;
+    if (end) gather_row(q.final, to, K, ninf, ends);
+    offset += double(top);
+    feasible = centre_row<Real, Real>(row, score, end ? ends : nullptr, K, delta + t * K, offset);
+  }
+  if (!feasible) {
+    for (int64_t t = 0; t < L; t++) states[t] = -1;
+    return offset == offset ? -std::numeric_limits<double>::infinity() : offset;
+  }
+  if (L == 0) return 0;
+  states[L - 1] = to.id[best_slot((const Real *)delta + (L - 1) * K, to)];
+  for (int64_t t = L - 2; t >= 0; t--) {
+    const Frame<Real> f = q.frame(t);
+    for (int64_t i = 0; i < f.count; i++)
+      row[i] = f.id[i] < 0 ? ninf : delta[t * K + i] + q.transition[f.id[i] * q.states + states[t + 1]];
+    states[t] = f.id[best_slot((const Real *)row, f)];
+  }
+  return offset;  // the maximum of the last delta is 0
+}
+
+// z_{L-1} ~ alpha_{L-1},  z_{t-1} ~ alpha_{t-1}(i) exp(phi(i, z_t)); alpha: messages, or their logs. scratch: 2 K + 64.
+template <class Real>
+void sample_active(const ActiveSequence<Real> &q, bool scaled, const Real *alpha, const Real *uniform, int64_t *states,
+                   Real *scratch) {
+  constexpr int W = kLanes<Real>;
+  const int64_t K = q.slots;
+  const Real ninf = kNegativeInfinity<Real>;
+  for (int64_t t = q.length - 1; t >= 0; t--) {
+    const Frame<Real> f = q.frame(t);
+    const Real *a = alpha + t * K;
+    for (int64_t i = 0; i < K; i++) {
+      const bool used = i < f.count && f.id[i] >= 0 && (!scaled || a[i] > 0);
+      scratch[i] = !used ? ninf : t < q.length - 1 ? q.transition[f.id[i] * q.states + states[t + 1]] : Real(0);
+      if (used && !scaled) scratch[i] += a[i];
+    }
+    const Real top = row_max<Real, Real>(scratch, K);
+    for (int64_t i = 0; i < K; i += W) {
+      const Vec<Real> x = exp<Real>(load_part(scratch + i, K - i, ninf) - top);
+      store_part(scratch + i, K - i, scaled ? x * load_part(a + i, K - i, Real(0)) : x);
+    }
+    states[t] = f.id[draw((const Real *)scratch, K, uniform[t])];
+  }
+}
+
+}  // namespace
