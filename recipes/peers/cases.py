@@ -81,8 +81,8 @@ def _apart(nats, states=4, batch=2, time=7):
     return _problem(f"left-to-right, emissions {nats} nats apart", first, arcs, emission, final=last)
 
 
-def cases(quick: bool = False) -> Iterator[Problem]:
-    """All problems, one after the other; with `quick`, small ones."""
+def cases(quick: bool = False, long: bool = False) -> Iterator[Problem]:
+    """All problems, one after the other; with `quick`, small ones; with `long`, T=100,000 too."""
     size = (10, 2, 40) if quick else (50, 4, 200)
     first, arcs, emission, last = left_to_right(*size, 3.0)
     yield _problem("left-to-right, shared", first, arcs, emission, final=last)
@@ -108,7 +108,7 @@ def cases(quick: bool = False) -> Iterator[Problem]:
     initial, transition, emission = _random(8, 2, time)
     for level in (1000, -1000):
         yield _problem(f"scores around {level:+d}, T={time}", initial, transition, emission + level)
-    for time in (300,) if quick else (1000, 10_000, 100_000):
+    for time in (300,) if quick else (1000, 10_000, 100_000)[: 3 if long else 2]:
         initial, transition, emission = _random(8, 2, time)
         yield _problem(f"float32, benign, T={time}", initial, transition, emission)
 

@@ -79,9 +79,9 @@ def compared(problem: Problem, true: Answer, contender: Contender) -> Row:
     )
 
 
-def rows(quick: bool = False) -> Iterator[tuple[Problem, Answer, list[Row]]]:
+def rows(quick: bool = False, long: bool = False) -> Iterator[tuple[Problem, Answer, list[Row]]]:
     """Each problem, the truth, and a row for each library that is installed."""
-    for problem in cases(quick):
+    for problem in cases(quick, long):
         true = truth(problem)
         yield problem, true, [compared(problem, true, contender) for contender in present()]
 
@@ -90,10 +90,10 @@ def _number(error: float | None) -> str:
     return "-" if error is None else "NaN" if math.isnan(error) else "infinite" if math.isinf(error) else f"{error:.1e}"
 
 
-def case_tables(quick: bool) -> str:
+def case_tables(quick: bool, long: bool) -> str:
     """The summary, then one table a case."""
     names, summary, details = [c.name for c in present()], [], ["### Each case"]
-    for problem, true, found in rows(quick):
+    for problem, true, found in rows(quick, long):
         print(f"  {problem.name}", file=sys.stderr)
         summary.append(f"| {problem.name} | " + " | ".join(row.verdict for row in found) + " |")
         known = ", ".join(f"{z:.10g}" for z in true.log_partition.tolist())
@@ -105,7 +105,7 @@ def case_tables(quick: bool) -> str:
     return "\n".join(["| case | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|", *summary, "", *details])
 
 
-def time_table(quick: bool) -> str:
+def time_table(quick: bool, long: bool) -> str:
     """Times and memory."""
     from timing import BATCH, measure
 
@@ -121,8 +121,9 @@ def time_table(quick: bool) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small cases, for tests")
+    parser.add_argument("--long", action="store_true", help="T=100,000 too, which takes minutes")
     parser.add_argument("--write", action="store_true", help="also put each part between its markers in README.md")
-    parser.add_argument("--only", choices=["cases", "times"], help="one part; both take some minutes")
+    parser.add_argument("--only", choices=["cases", "times"], help="one part; both take about a minute")
     options = parser.parse_args(arguments)
     versions = {c.distribution or "torch": c.version() for c in CONTENDERS}
     found = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
@@ -130,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     head = f"{found}; hmm_speech on {backend().name} kernels." + (f" Absent: {', '.join(absent)}." if absent else "")
     for part, make in (("cases", case_tables), ("times", time_table)):
         if options.only in (None, part):
-            text = f"{head}\n\n{make(options.quick)}"
+            text = f"{head}\n\n{make(options.quick, options.long)}"
             print(text, flush=True)
             if options.write:
                 begin = f"<!-- {part} by compare.py -->"

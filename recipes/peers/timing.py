@@ -97,7 +97,7 @@ def peak(name: str, kind: str, states: int, frames: int) -> float:
 
 
 def measure(quick: bool, rounds: int = 5):
-    """Yield (kind, N, T, name, forward ms, both ms, MB): medians over rounds in which all take turns."""
+    """Yield (kind, N, T, name, forward ms, both ms, MB): processor time, medians over rounds in which all take turns."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before jax and torch make threads: one core for each
     torch.set_num_threads(1)
     for kind, states, frames in (("shared", 5, 20),) if quick else SIZES:
@@ -108,9 +108,9 @@ def measure(quick: bool, rounds: int = 5):
         for _ in range(rounds):
             for name, pair in calls.items():
                 for call, times in zip(pair, taken[name], strict=True):
-                    start = time.perf_counter()
+                    start = time.process_time()
                     call()
-                    times.append(1e3 * (time.perf_counter() - start))
+                    times.append(1e3 * (time.process_time() - start))
         for name, times in taken.items():
             command = [sys.executable, str(Path(__file__)), name, kind, str(states), str(frames)]
             shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout

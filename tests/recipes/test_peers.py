@@ -94,7 +94,7 @@ def test_absent_peers_are_left_out_and_named_and_the_readme_changes_between_its_
     first, second = (f"<!-- {part} by compare.py -->" for part in ("cases", "times"))
     readme.write_text(f"before\n{first}\nold\n{compare.END}\nbetween\n{second}{compare.END}\nafter\n")
     monkeypatch.setattr(compare, "README", readme)
-    monkeypatch.setattr(compare, "time_table", lambda quick: "how long")
+    monkeypatch.setattr(compare, "time_table", lambda *_: "how long")
     compare.main(["--quick", "--write"])
     assert "Absent: no-such-distribution." in capsys.readouterr().out
     text = readme.read_text()
