@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -35,7 +35,7 @@ def scores(kind: str, states: int, frames: int) -> list[torch.Tensor]:
 def prepared(contender: type, kind: str, states: int, frames: int):
     """(forward, forward and backward) as calls, warmed up; None where it has no such thing or needs minutes."""
     x = scores(kind, states, frames)
-    if contender is TorchStruct and (states > 100 or frames > 300):
+    if (states > 100 and contender in (TorchStruct, TorchLoop)) or (frames > 300 and contender is TorchStruct):
         return None
     if issubclass(contender, HmmLearn) and kind != "shared":
         return None
@@ -85,19 +85,25 @@ def _hmmlearn(contender, x):
     return (lambda: model.score(frames, lengths)), (lambda: model.score_samples(frames, lengths))
 
 
+def resident() -> int:
+    """The largest resident size so far, kB. Not getrusage: what that tells begins with the parent's."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0])
+
+
 def peak(name: str, kind: str, states: int, frames: int) -> float:
-    """MB that forward and backward add to the largest resident size of this process, after a short warm-up."""
+    """MB that forward and backward add to the largest resident size of this process, after a small problem."""
     contender = next(c for c in CONTENDERS if c.name == name)
     prepared(contender, kind, 4, 8)
     x = scores(kind, states, frames)
     calls = {"dynamax": _dynamax, "hmmlearn, scaling": _hmmlearn}.get(name, _torch)(contender, x)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident()
     calls[1]()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (resident() - before) / 1024
 
 
 def measure(quick: bool, rounds: int = 5):
-    """Yield (kind, N, T, name, forward ms, both ms, MB): processor time, medians over rounds in which all take turns."""
+    """Yield (kind, N, T, name, forward ms, both ms, MB): processor time, medians of rounds in which all take turns."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before jax and torch make threads: one core for each
     torch.set_num_threads(1)
     for kind, states, frames in (("shared", 5, 20),) if quick else SIZES:
@@ -108,6 +114,7 @@ def measure(quick: bool, rounds: int = 5):
         for _ in range(rounds):
             for name, pair in calls.items():
                 for call, times in zip(pair, taken[name], strict=True):
+                    gc.collect()
                     start = time.process_time()
                     call()
                     times.append(1e3 * (time.process_time() - start))
