@@ -90,6 +90,10 @@ void advise_huge_pages(void *data, size_t bytes) {
 
 size_t messages(const hmm_active_problem &p) { return size_t(p.batch) * size_t(p.time) * size_t(p.slots); }
 
+bool valid(const hmm_banded *p) {
+  return p && valid(&p->chain) && p->diagonals >= 1 && p->offsets && (!p->chain.batch || !p->chain.time || p->chain.emission);
+}
+
 size_t edge_numbers(const hmm_problem &p) {
   const size_t arcs = size_t(p.states) * size_t(p.states);
   if (p.time_varying) return p.time > 1 ? size_t(p.batch) * size_t(p.time - 1) * arcs : 0;
@@ -208,6 +212,34 @@ template <class Problem, class Body> int guarded(const Problem *p, Body body) {
     });                                                                                                                 \
   }
 
+#define HMM_DEFINE_BANDED(suffix, Real)                                                                                 \
+  int hmm_banded_forward_##suffix(const hmm_banded *p, Real *log_partition, double *alpha, double *centre) {            \
+    return guarded(p, [&] {                                                                                             \
+      advise_huge_pages(alpha, size_t(p->chain.batch) * p->chain.time * p->chain.states * sizeof(double));              \
+      return chosen().suffix.banded.forward(*p, by_falling_length(p->chain).data(), parallel, log_partition, alpha,     \
+                                            centre);                                                                    \
+    });                                                                                                                 \
+  }                                                                                                                     \
+  int hmm_banded_backward_##suffix(const hmm_banded *p, const Real *grad, const Real *log_partition,                    \
+                                   const double *alpha, const double *centre, Real *state, Real *edge) {                \
+    return guarded(p, [&] {                                                                                             \
+      return chosen().suffix.banded.backward(*p, by_falling_length(p->chain).data(), parallel, grad, log_partition,     \
+                                             alpha, centre, state, edge);                                               \
+    });                                                                                                                 \
+  }                                                                                                                     \
+  int hmm_banded_viterbi_##suffix(const hmm_banded *p, Real *score, double *delta, int64_t *states) {                   \
+    return guarded(p, [&] {                                                                                             \
+      advise_huge_pages(delta, size_t(p->chain.batch) * p->chain.time * p->chain.states * sizeof(double));              \
+      return chosen().suffix.banded.viterbi(*p, parallel, score, delta, states);                                        \
+    });                                                                                                                 \
+  }                                                                                                                     \
+  int hmm_banded_sample_##suffix(const hmm_banded *p, int64_t samples, const Real *log_partition, const double *alpha,  \
+                                 const Real *uniform, int64_t *states) {                                                \
+    return guarded(p, [&] {                                                                                             \
+      return chosen().suffix.banded.sample(*p, parallel, samples, log_partition, alpha, uniform, states);               \
+    });                                                                                                                 \
+  }
+
 extern "C" {
 HMM_DEFINE(f32, float)
 HMM_DEFINE(f64, double)
@@ -215,6 +247,8 @@ HMM_DEFINE_SEMI_MARKOV(f32, float)
 HMM_DEFINE_SEMI_MARKOV(f64, double)
 HMM_DEFINE_ACTIVE(f32, float)
 HMM_DEFINE_ACTIVE(f64, double)
+HMM_DEFINE_BANDED(f32, float)
+HMM_DEFINE_BANDED(f64, double)
 
 int hmm_abi_version(void) { return HMM_ABI_VERSION; }
 

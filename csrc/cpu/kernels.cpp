@@ -3,6 +3,7 @@
 #include "kernels.h"
 
 #include "active_kernels.h"
+#include "banded.h"
 #include "parallel.h"
 #include "redo.h"
 #include "sampling.h"
@@ -414,7 +415,8 @@ int sample(const hmm_problem &p, Parallel parallel, int64_t samples, const Real 
 
 template <class Real>
 constexpr Kernels<Real> table() {
-  return {forward<Real>, backward<Real>, viterbi<Real>, topk<Real>, sample<Real>, tangent<Real>};
+  return {forward<Real>, backward<Real>, viterbi<Real>, topk<Real>, sample<Real>, tangent<Real>,
+          {banded_forward<Real>, banded_backward<Real>, banded_viterbi<Real>, banded_sample<Real>}};
 }
 
 }  // namespace

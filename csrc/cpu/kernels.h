@@ -5,6 +5,15 @@
 // Runs body(context, worker, workers) for worker = 0..workers-1, on one thread each.
 typedef void (*Parallel)(int workers, void (*body)(void *, int, int), void *context);
 
+template <class Real> struct BandedKernels {
+  int (*forward)(const hmm_banded &, const int64_t *order, Parallel, Real *log_partition, double *alpha, double *centre);
+  int (*backward)(const hmm_banded &, const int64_t *order, Parallel, const Real *grad, const Real *log_partition,
+                  const double *alpha, const double *centre, Real *state, Real *edge);
+  int (*viterbi)(const hmm_banded &, Parallel, Real *score, double *delta, int64_t *states);
+  int (*sample)(const hmm_banded &, Parallel, int64_t samples, const Real *log_partition, const double *alpha,
+                const Real *uniform, int64_t *states);
+};
+
 template <class Real> struct Kernels {
   int (*forward)(const hmm_problem &, const int64_t *order, Parallel, Real *log_partition, Real *alpha, Real *norm, Real *centre,
                  int32_t *method);
@@ -16,6 +25,7 @@ template <class Real> struct Kernels {
                 const int32_t *method, const Real *uniform, int64_t *states);
   int (*tangent)(const hmm_problem &, Parallel, const Real *grad, const Real *direction_state, const Real *direction_edge,
                  Real *expected, Real *state, Real *edge);
+  BandedKernels<Real> banded;
 };
 
 template <class Real> struct SemiMarkovKernels {

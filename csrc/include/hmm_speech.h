@@ -174,6 +174,30 @@ HMM_API int hmm_active_sample_f32(const hmm_active_problem *, int64_t samples, c
 HMM_API int hmm_active_sample_f64(const hmm_active_problem *, int64_t samples, const double *log_partition, const double *alpha,
                                   const int32_t *method, const double *uniform, int64_t *states);
 
+/* Chains that move along a few diagonals (csrc/cpu/banded.h). The functions do as those above. alpha (B, T, N): log
+ * messages whose maximum is 0, and centre (B, T): what was taken out of each; float64 for float scores too, as is
+ * viterbi's workspace delta (B, T, N). edge: (B, T-1, D, N) where chain.time_varying is 1, else (B, D, N), or (D, N)
+ * where chain.transition_batch_stride is 0; 0 where an arc's target is no state. */
+typedef struct hmm_banded {
+  hmm_problem chain;      /* transition (B, T-1, D, N): [b, t, d, i] scores i at t -> i + offsets[d] at t+1; read only
+                           * where that is one of 0..N-1. emission is not NULL */
+  int64_t diagonals;      /* D, at least 1 */
+  const int64_t *offsets; /* (D,), all different, of any sign */
+} hmm_banded;
+
+HMM_API int hmm_banded_forward_f32(const hmm_banded *, float *log_partition, double *alpha, double *centre);
+HMM_API int hmm_banded_forward_f64(const hmm_banded *, double *log_partition, double *alpha, double *centre);
+HMM_API int hmm_banded_backward_f32(const hmm_banded *, const float *grad, const float *log_partition, const double *alpha,
+                                    const double *centre, float *state, float *edge);
+HMM_API int hmm_banded_backward_f64(const hmm_banded *, const double *grad, const double *log_partition,
+                                    const double *alpha, const double *centre, double *state, double *edge);
+HMM_API int hmm_banded_viterbi_f32(const hmm_banded *, float *score, double *delta, int64_t *states);
+HMM_API int hmm_banded_viterbi_f64(const hmm_banded *, double *score, double *delta, int64_t *states);
+HMM_API int hmm_banded_sample_f32(const hmm_banded *, int64_t samples, const float *log_partition, const double *alpha,
+                                  const float *uniform, int64_t *states);
+HMM_API int hmm_banded_sample_f64(const hmm_banded *, int64_t samples, const double *log_partition, const double *alpha,
+                                  const double *uniform, int64_t *states);
+
 HMM_API int hmm_abi_version(void);
 HMM_API const char *hmm_instruction_set(void);    /* "avx512", "avx2" or "portable": what the running CPU got */
 HMM_API const char *hmm_status_message(int status);

@@ -47,6 +47,12 @@ class Problem(ctypes.Structure):
     ]
 
 
+class BandedProblem(ctypes.Structure):
+    """``struct hmm_banded``."""
+
+    _fields_ = [("chain", Problem), ("diagonals", ctypes.c_int64), ("offsets", ctypes.POINTER(ctypes.c_int64))]
+
+
 class Library(NamedTuple):
     """The loaded library and where it came from; or None and why it did not load."""
 
@@ -73,14 +79,16 @@ def _declare(handle: ctypes.CDLL) -> None:
     }
     arguments["sample"] = [ctypes.c_int64] + [pointer] * 5
     arguments["topk"] = [ctypes.c_int64] + [pointer] * 2
-    for name, types in arguments.items():
-        for suffix in ("f32", "f64"):
-            getattr(handle, f"hmm_{name}_{suffix}").argtypes = [problem, *types]
     active = {"forward": [pointer] * 3, "backward": [pointer] * 5 + [ctypes.c_int64], "viterbi": [pointer] * 3}
     active["sample"] = arguments["sample"]
-    for name, types in active.items():
+    banded = {"forward": [pointer] * 3, "backward": [pointer] * 6, "viterbi": [pointer] * 3}
+    banded["sample"] = [ctypes.c_int64] + [pointer] * 4
+    declared = {name: [problem, *types] for name, types in arguments.items()}
+    declared |= {f"active_{name}": [pointer, *types] for name, types in active.items()}
+    declared |= {f"banded_{name}": [ctypes.POINTER(BandedProblem), *types] for name, types in banded.items()}
+    for name, types in declared.items():
         for suffix in ("f32", "f64"):
-            getattr(handle, f"hmm_active_{name}_{suffix}").argtypes = [pointer, *types]
+            getattr(handle, f"hmm_{name}_{suffix}").argtypes = types
     handle.hmm_instruction_set.restype = ctypes.c_char_p
     handle.hmm_status_message.restype = ctypes.c_char_p
 
@@ -160,8 +168,13 @@ def use_native(device_type: str) -> bool:
     return False
 
 
+def chose_reference() -> bool:
+    """Whether ``use_backend("reference")`` holds. Under torch.compile, decided at compile time."""
+    return _choice.get() == "reference"
+
+
 # What torch.compiler.assume_constant_result sets; calling that would import all of torch._dynamo here.
-use_native._dynamo_marked_constant = True  # type: ignore[attr-defined]
+use_native._dynamo_marked_constant = chose_reference._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def backend() -> Backend:

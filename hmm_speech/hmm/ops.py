@@ -269,7 +269,9 @@ def own(x: Tensor | None) -> Tensor | None:
     return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
 
 
-def posterior(grad, initial, transition, emission, lengths, final, edges: bool) -> tuple[Tensor, Tensor]:
+def posterior(
+    grad, initial, transition, emission, lengths, final, edges: bool, step=reference.EVERY_ARC
+) -> tuple[Tensor, Tensor]:
     """What :class:`Posterior` computes, by differentiating the reference."""
     with torch.enable_grad():
         if emission is None:
@@ -278,7 +280,7 @@ def posterior(grad, initial, transition, emission, lengths, final, edges: bool) 
         tracked = [emission, transition]
         if not emission.shape[1]:  # no frames: log Z depends on nothing
             return torch.zeros_like(emission), torch.zeros_like(transition) if edges else transition.new_empty(0)
-        z = reference.log_partition(initial, transition, emission, lengths, final)
+        z = reference.log_partition(initial, transition, emission, lengths, final, step)
         found = torch.autograd.grad(
             (z * grad).sum(), tracked if edges else tracked[:1], create_graph=True, allow_unused=True
         )

@@ -44,7 +44,27 @@ def _frame_scores(emission: Tensor | None, lengths: Tensor) -> list[Tensor] | No
     return list(torch.where(inside.unsqueeze(-1), emission, 0).unbind(1))
 
 
-def recursion(initial, transition, emission, lengths, final, reduce):
+class EveryArc:
+    """One frame's step where arcs are (..., N, N). :class:`banded.Diagonals` is another."""
+
+    def extend(self, alpha: Tensor, arcs: Tensor) -> Tensor:
+        """Scores alpha(i) + phi(i, j) of the ways to leave states, (B, I, N), what leads to j along axis 1."""
+        return alpha.unsqueeze(-1) + arcs
+
+    def into(self, alpha: Tensor, arcs: Tensor, state: Tensor) -> Tensor:
+        """Scores alpha(i) + phi(i, j) of the ways into states j (..., B): (..., B, I), the smallest i first."""
+        columns = arcs.expand(alpha.shape[-2], -1, -1).transpose(1, 2)
+        return alpha + columns[torch.arange(alpha.shape[-2], device=state.device), state]
+
+    def source(self, state: Tensor, way: Tensor) -> Tensor:
+        """The states i that ways of `into` come from."""
+        return way
+
+
+EVERY_ARC = EveryArc()
+
+
+def recursion(initial, transition, emission, lengths, final, reduce, step=EVERY_ARC):
     """alpha_t(j) = reduce_i[alpha_{t-1}(i) + phi_t(i, j)] + e_t(j), with final scores added at each sequence's end.
 
     Returns the messages, each centred so that its maximum is 0, as a list over time of (B, N) (past a sequence's end it
@@ -56,7 +76,7 @@ def recursion(initial, transition, emission, lengths, final, reduce):
     offset = torch.zeros(batch, dtype=torch.float64, device=initial.device)
     messages = []
     for t in range(time):
-        new = initial.expand(batch, num_states) if t == 0 else reduce(alpha.unsqueeze(-1) + arcs[t - 1])
+        new = initial.expand(batch, num_states) if t == 0 else reduce(step.extend(alpha, arcs[t - 1]))
         if scores is not None:
             new = new + scores[t]
         if final is not None:
@@ -70,12 +90,12 @@ def recursion(initial, transition, emission, lengths, final, reduce):
     return messages, offset
 
 
-def log_partition(initial, transition, emission, lengths, final) -> Tensor:
+def log_partition(initial, transition, emission, lengths, final, step=EVERY_ARC) -> Tensor:
     """log sum over paths of exp(score), (B,): the forward algorithm (Rabiner 1989, eqs. 19-21) in log space.
 
     Each message is re-centred so that errors do not grow with T; what is taken out is summed in float64.
     """
-    messages, offset = recursion(initial, transition, emission, lengths, final, lambda x: logsumexp(x, 1))
+    messages, offset = recursion(initial, transition, emission, lengths, final, lambda x: logsumexp(x, 1), step)
     if not messages:  # zeros that autograd knows, as every other result is
         nothing = torch.zeros((), dtype=torch.bool, device=initial.device)
         return torch.where(nothing, initial.expand(lengths.shape[0], -1), 0).sum(-1)
@@ -95,12 +115,12 @@ def advance(message, arcs, emission, lengths, maximum: bool = False) -> tuple[li
     )
 
 
-def viterbi(initial, transition, emission, lengths, final) -> tuple[Tensor, Tensor]:
+def viterbi(initial, transition, emission, lengths, final, step=EVERY_ARC) -> tuple[Tensor, Tensor]:
     """The best path's score (B,) and states (B, T): Rabiner 1989, eqs. 32-35. Ties go to the smallest state.
 
     Where no path is feasible the score is -inf and the states are -1, as they are past the end.
     """
-    messages, offset = recursion(initial, transition, emission, lengths, final, lambda x: x.amax(1))
+    messages, offset = recursion(initial, transition, emission, lengths, final, lambda x: x.amax(1), step)
     time = len(messages)
     states = torch.full((lengths.shape[0], time), -1, dtype=torch.int64, device=initial.device)
     if time == 0:
@@ -110,12 +130,8 @@ def viterbi(initial, transition, emission, lengths, final) -> tuple[Tensor, Tens
     score = torch.where(lengths > 0, offset + best, 0).to(initial.dtype)
     for t in reversed(range(time)):
         if t + 1 < time:
-            into = (
-                arcs[t]
-                .expand(lengths.shape[0], -1, -1)
-                .gather(2, state[:, None, None].expand(-1, arcs[t].shape[-1], 1))
-            )
-            state = torch.where(t + 1 < lengths, (messages[t] + into.squeeze(-1)).argmax(-1), state)
+            way = step.into(messages[t], arcs[t], state).argmax(-1)
+            state = torch.where(t + 1 < lengths, step.source(state, way), state)
         states[:, t] = torch.where(t < lengths, state, -1)
     return score, torch.where((score > -INF).unsqueeze(-1), states, -1)
 
@@ -169,34 +185,36 @@ def topk(initial, transition, emission, lengths, final, k: int) -> tuple[Tensor,
     return total.T.to(initial.dtype), states
 
 
-def sample(initial, transition, emission, lengths, final, uniform: Tensor) -> Tensor:
+def sample(initial, transition, emission, lengths, final, uniform: Tensor, step=EVERY_ARC) -> Tensor:
     """Paths drawn from the posterior, (S, B, T), by forward filtering, backward sampling (Scott 2002, section 2.1).
 
     z_{L-1} ~ alpha_{L-1}, then z_{t-1} with probability proportional to exp(alpha_{t-1}(i) + phi_t(i, z_t)), by the
     inverse of its cumulative distribution at `uniform` (S, B, T). -1 past the end and where no path is feasible.
     """
-    messages, _ = recursion(initial, transition, emission, lengths, final, lambda x: logsumexp(x, 1))
-    return walk_back(messages, transition, lengths, uniform)
+    messages, _ = recursion(initial, transition, emission, lengths, final, lambda x: logsumexp(x, 1), step)
+    return walk_back(messages, transition, lengths, uniform, step)
 
 
-def walk_back(messages: list[Tensor], transition: Tensor, lengths: Tensor, uniform: Tensor) -> Tensor:
+def walk_back(messages: list[Tensor], transition: Tensor, lengths: Tensor, uniform: Tensor, step=EVERY_ARC) -> Tensor:
     """The samples of :func:`sample` from its messages, (B, N) or, different for each sample, (S, B, N)."""
-    time, (num_samples, batch) = len(messages), uniform.shape[:2]
-    states = torch.full((num_samples, batch, time), -1, dtype=torch.int64, device=uniform.device)
+    time, states = len(messages), torch.full(uniform.shape, -1, dtype=torch.int64, device=uniform.device)
     if time == 0:
         return states
     arcs = _arcs(transition, lengths, time)
     feasible = logsumexp(messages[-1], -1) > -INF
-    state = torch.zeros(num_samples, batch, dtype=torch.int64, device=uniform.device)
+    state = torch.zeros_like(states[..., 0])
     for t in reversed(range(time)):
-        scores = messages[t].expand(num_samples, -1, -1)
+        before, state = state, _draw(messages[t].expand(*uniform.shape[:2], -1), uniform[:, :, t])
         if t + 1 < time:
-            rows = arcs[t].expand(batch, -1, -1).transpose(1, 2)
-            into = rows[torch.arange(batch, device=state.device), state]
-            scores = torch.where((t + 1 < lengths).unsqueeze(-1), scores + into, scores)
-        cumulative = torch.softmax(scores, -1).cumsum(-1)
-        drawn = (cumulative <= uniform[:, :, t, None] * cumulative[..., -1:]).sum(-1)
-        last = scores.shape[-1] - 1 - (scores > -INF).flip(-1).int().argmax(-1)
-        state = torch.where(t < lengths, torch.minimum(drawn, last), state)
+            way = _draw(step.into(messages[t], arcs[t], before), uniform[:, :, t])
+            state = torch.where(t + 1 < lengths, step.source(before, way), state)
         states[:, :, t] = torch.where((t < lengths) & feasible, state, -1)
     return states
+
+
+def _draw(scores: Tensor, uniform: Tensor) -> Tensor:
+    """Indices (S, B) drawn in proportion to the exponentials of scores (S, B, I)."""
+    cumulative = torch.softmax(scores, -1).cumsum(-1)
+    drawn = (cumulative <= uniform.unsqueeze(-1) * cumulative[..., -1:]).sum(-1)
+    last = scores.shape[-1] - 1 - (scores > -INF).flip(-1).int().argmax(-1)
+    return torch.minimum(drawn, last)

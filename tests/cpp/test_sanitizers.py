@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FLAGS = {"address": "-fsanitize=address,undefined -fno-sanitize-recover=all", "thread": "-fsanitize=thread"}
 
 
-PROGRAMS = ("exercise", "exercise_best_paths", "exercise_halves", "exercise_semi_markov", "exercise_active")
+PROGRAMS = ("exercise", "exercise_best_paths", "exercise_halves", "exercise_semi_markov", "exercise_active",
+            "exercise_banded")  # fmt: skip
 
 
 def built(folder, sanitizer):

@@ -1,0 +1,188 @@
+"""`hmm-speech bench`: the layer beside the strongest plain-torch loops, and beside the peers that are installed.
+
+Each row is timed in rounds, one call of every contender a round, so that a machine whose speed drifts slows all of
+them alike; what is printed are medians over rounds, of times and of the ratios within a round. The results are compared
+first: a row whose numbers differ is an error, not a time.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hmm_speech.benchmark import cases, peers
+from hmm_speech.benchmark.cases import Case
+from hmm_speech.data.unitfile import atomic_path
+from hmm_speech.errors import UserError
+from hmm_speech.hmm import backend
+
+# (kind, N, T, B); B: None takes --batch. "dense": transitions that vary over time, (B, T-1, N, N); "shared": one (N, N)
+# for all frames; the others are shared too, with structure.
+ROWS = (
+    ("dense", 50, 100, None),
+    ("dense", 50, 1000, None),
+    ("dense", 50, 3000, None),
+    ("shared", 50, 1000, None),
+    ("shared", 50, 3000, None),
+    ("shared", 128, 1000, None),
+    ("shared", 512, 1000, None),
+    ("shared", 1024, 300, None),
+    ("shared", 2048, 300, None),
+    ("shared", 50, 3000, 1),
+    ("shared", 512, 1000, 1),
+    ("banded", 200, 3000, None),
+    ("low-rank", 1024, 300, None),
+    ("semi-Markov", 50, 1000, None),
+    ("active", 1000, 184, 450),
+)
+QUICK = (("dense", 50, 300, None), ("shared", 50, 1000, None))
+
+
+@dataclass
+class Row:
+    """Milliseconds (medians) and ratios of one case; ratios are above 1 where the layer is faster."""
+
+    kind: str
+    batch: int
+    states: int
+    frames: int
+    forward_ms: float
+    backward_ms: float
+    viterbi_ms: float
+    loop_forward_ms: float
+    loop_backward_ms: float
+    ratio: float
+    largest_difference: float
+    peers: dict[str, float]  # time of a peer's forward and backward pass, by the layer's
+
+
+def _timed(function: Callable[..., Tensor], scores: list[Tensor]) -> Callable[[], tuple[float, float, Tensor]]:
+    """A call that returns seconds of the forward pass, of the backward pass, and the result."""
+    leaves = [x.clone().requires_grad_() for x in scores]
+
+    def run() -> tuple[float, float, Tensor]:
+        for x in leaves:
+            x.grad = None
+        start = time.perf_counter()
+        z = function(*leaves)
+        middle = time.perf_counter()
+        z.sum().backward()
+        return middle - start, time.perf_counter() - middle, z.detach()
+
+    return run
+
+
+def _difference(case: Case) -> float:
+    """The layer's float32 log partition beside the loop's in float64, relative."""
+    scores, layer = (case.part.scores, case.part.layer) if case.part else (case.scores, case.layer)
+    with torch.no_grad():
+        exact = case.loop(*(x.double() for x in scores))
+        return float(((layer(*scores).log_partition() - exact) / exact).abs().max())
+
+
+def measure(case: Case, seconds: float) -> Row:
+    """One row: at least five rounds, and more until `seconds` have passed.
+
+    Raises:
+        RuntimeError: the layer and the loop disagree by more than 3e-6 of the log partition.
+    """
+    name, difference = f"{case.kind} N={case.states} T={case.frames}", _difference(case)
+    if not difference < 3e-6:
+        raise RuntimeError(f"{name}: the layer and the loop differ by {difference:.1e} of log Z")
+    layer = _timed(lambda *x: case.layer(*x).log_partition(), case.scores)
+    loop = _timed(case.loop, case.part.scores if case.part else case.scores)
+    others = {p: peers.contender(p, case.kind, case.scores) for p in peers.present()}
+    others = {p: run for p, run in others.items() if run is not None}
+    scale = case.part.scale if case.part else 1.0
+    z = layer()[2]
+    loop()
+    for p, run in others.items():
+        found = run()[1]
+        if not torch.allclose(found, z, rtol=1e-5):
+            raise RuntimeError(f"{name}: {p} has log Z {found.tolist()}, the layer {z.tolist()}")
+    times: list[tuple[float, ...]] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 5 or (time.perf_counter() < end and len(times) < 50):
+        found = [*layer()[:2], *(scale * x for x in loop()[:2])]
+        with torch.no_grad():
+            start = time.perf_counter()
+            case.layer(*case.scores).viterbi()
+            found.append(time.perf_counter() - start)
+        times.append((*found, *(run()[0] for run in others.values())))
+    forward, backward, loop_forward, loop_backward, viterbi, *_ = (
+        statistics.median(x) * 1e3 for x in zip(*times, strict=True)
+    )
+    ratio = statistics.median((x[2] + x[3]) / (x[0] + x[1]) for x in times)
+    slower = {p: statistics.median(x[5 + k] / (x[0] + x[1]) for x in times) for k, p in enumerate(others)}
+    return Row(case.kind, case.batch, case.states, case.frames, forward, backward, viterbi, loop_forward, loop_backward,
+               ratio, difference, slower)  # fmt: skip
+
+
+def hardware() -> dict[str, str | int]:
+    """What the numbers were taken on."""
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "backend": backend().name,
+        "instructions": backend().detail.split()[0],
+        **peers.present(),
+    }
+
+
+def rows(quick: bool, batch: int, seconds: float) -> Iterator[Row]:
+    """All rows, as they are measured."""
+    for kind, states, frames, own_batch in QUICK if quick else ROWS:
+        yield measure(cases.make(kind, states, frames, own_batch or batch), seconds)
+
+
+def bench(threads: int, batch: int, seconds: float, quick: bool, out: Path | None) -> None:
+    """Measure, print a table as rows come in, and write them as JSON where `out` says."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+
+    for name, value in (("--threads", threads), ("--batch", batch)):
+        if value < 1:
+            raise UserError(f"{name}: got {value}, expected at least 1")
+    torch.set_num_threads(threads)
+    machine, others = hardware(), peers.present()
+    title = "float32, {threads} thread(s), {cpu}, {instructions} ({backend}), torch {torch}".format(**machine)
+    caption = "milliseconds, medians of paired rounds; ratio, and each peer: its time / the layer's, forward + backward"
+    if not quick:
+        caption += (
+            f"; active: {cases.SLOTS} states a frame, T in the mean, its loop the layer with -inf in a dense emission"
+        )
+    table = Table(title=title, caption=caption)
+    columns = ["arcs", "B", "N", "T", "fwd", "bwd", "Viterbi", "loop fwd", "loop bwd", "ratio"]
+    for column in [*columns, *(f"{name} {version}" for name, version in others.items())]:
+        table.add_column(column, justify="left" if column == "arcs" else "right")
+    found = []
+    with Live(table, console=Console(), refresh_per_second=2):
+        for row in rows(quick, batch, seconds):
+            found.append(row)
+            times = (row.forward_ms, row.backward_ms, row.viterbi_ms, row.loop_forward_ms, row.loop_backward_ms)
+            table.add_row(
+                row.kind, str(row.batch), str(row.states), str(row.frames), *(f"{x:.2f}" for x in times),
+                f"{row.ratio:.1f}", *(f"{row.peers[p]:.1f}" if p in row.peers else "-" for p in others),
+            )  # fmt: skip
+    if out is not None:
+        with atomic_path(out) as beside:
+            beside.write_text(
+                json.dumps({"machine": machine, "batch": batch, "rows": [asdict(x) for x in found]}, indent=2)
+            )

@@ -1,0 +1,216 @@
+"""Chains through two factors: scaled products and their certificates against dense twins in float64.
+
+Enumeration, the dense chain's gradients and second derivatives are in test_structures.py.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hmm_speech.hmm import HMM, LowRank, backend, use_backend
+from hmm_speech.hmm.structures import log_product
+from tests.hmm.problems import INF, problem
+
+KINDS = ("shared", "per-sequence")
+
+
+def low_rank(batch, time, states, rank, kind="shared", seed=0, dtype=torch.float32, forbidden=0.0, scale=1.0, **more):
+    arguments = problem(batch, time, states, "shared", seed, dtype, forbidden=forbidden, **more)
+    g = torch.Generator().manual_seed(seed + 1)
+    leading = {"shared": (), "per-sequence": (batch,), "time-varying": (batch, max(time - 1, 0))}[kind]
+
+    def factor(*shape):
+        x = torch.randn(*leading, *shape, generator=g, dtype=torch.float64).to(dtype) * scale
+        return x.masked_fill(torch.rand(x.shape, generator=g) < forbidden, -INF)
+
+    return {**arguments, "transition": LowRank(factor(states, rank), factor(rank, states))}
+
+
+def mapped(arguments, function):
+    changed = {}
+    for name, x in arguments.items():
+        floating = isinstance(x, torch.Tensor) and x.is_floating_point()
+        changed[name] = x.map(function) if isinstance(x, LowRank) else function(x) if floating else x
+    return changed
+
+
+def solve(arguments, grad, dense=False):
+    """log Z, the marginals, and the gradients of sum(grad * log Z) over the feasible sequences, by name."""
+    arguments = mapped(arguments, lambda x: x.detach().clone().requires_grad_())
+    transition = arguments["transition"]
+    plain = {**arguments, "transition": log_product(transition.left, transition.right)} if dense else arguments
+    hmm = HMM(**plain)
+    z, state = hmm.log_partition(), hmm.marginals()
+    leaves = {k: x for k, x in arguments.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+    leaves |= {"left": transition.left, "right": transition.right}
+    total = (torch.where(z.isfinite(), z, 0) * grad.to(z.dtype)).sum()
+    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return z.detach(), state.detach(), dict(zip(leaves, found, strict=True))
+
+
+def compare(arguments, grad=None, log_partition=2e-6, marginals=5e-6):
+    batch = arguments["emission"].shape[0]
+    grad = torch.linspace(-1, 1.5, batch, dtype=torch.float64) if grad is None else grad
+    z, state, expected = solve(mapped(arguments, torch.Tensor.double), grad, dense=True)
+    found_z, found_state, found = solve(arguments, grad)
+    feasible = z.isfinite()
+    assert (found_z.isfinite() == feasible).all() and (found_z[~feasible] == z[~feasible].float()).all()
+    torch.testing.assert_close(found_z[feasible].double(), z[feasible], rtol=log_partition, atol=log_partition)
+    torch.testing.assert_close(found_state.double(), state, rtol=0, atol=marginals)
+    for name, theirs in expected.items():
+        # A gradient that sums over frames and sequences carries their rounding: relative to its size beyond 1.
+        torch.testing.assert_close(found[name].double(), theirs, rtol=marginals, atol=2 * marginals)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 9),
+    time=st.integers(1, 20),
+    states=st.integers(1, 40),
+    rank=st.integers(1, 9),
+    kind=st.sampled_from(KINDS),
+    seed=st.integers(0, 1000),
+    forbidden=st.sampled_from([0.0, 0.2, 0.5]),
+)
+def test_benign_scores(batch, time, states, rank, kind, seed, forbidden):
+    compare(low_rank(batch, time, states, rank, kind, seed, forbidden=forbidden))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gap", [50.0, 500.0])
+@pytest.mark.parametrize("forbidden", [0.0, 0.3])
+def test_emissions_far_apart(kind, gap, forbidden):
+    """A mixing chain keeps the fast path; with forbidden arcs, what could have been lost is done again."""
+    arguments = low_rank(5, 40, 20, 4, kind, 1, forbidden=forbidden, lengths="full", final=False)
+    arguments["emission"] = arguments["emission"] * gap
+    before = backend().redone
+    compare(arguments)
+    assert (backend().redone > before) == (forbidden > 0)
+
+
+def test_a_flushed_state_that_wins_later():
+    """Two chains that never meet: what scaling loses in the first half, and backward in the second, is the answer."""
+    apart = torch.full((2, 2), -INF).fill_diagonal_(0)
+    emission = torch.zeros(1, 150, 2)
+    emission[0, :25, 0], emission[0, 25:125, 1], emission[0, 125:, 0] = 8, 8, 8
+    before = backend().redone
+    compare({"initial": torch.zeros(2), "transition": LowRank(apart, apart), "emission": emission, "lengths": None,
+             "final": None})  # fmt: skip
+    assert backend().redone > before
+
+
+@pytest.mark.parametrize("bits", [20, 40, 60, 77, 100])
+def test_left_factors_of_any_range(bits):
+    """A state that hardly any path takes wins since only it has a way on: beyond the certificate it is redone."""
+    left = torch.zeros(3, 2)
+    left[0, 1] = left[1, 1] = -bits * math.log(2)
+    right = torch.tensor([[0.0, 0.0, -300.0], [-300.0, -300.0, 0.0]])
+    emission = torch.zeros(2, 6, 3)
+    emission[0, 2:, :2] = -150
+    emission[1, 3:, 2] = 90
+    compare({"initial": torch.zeros(3), "transition": LowRank(left, right), "emission": emission, "lengths": None,
+             "final": None})  # fmt: skip
+
+
+@pytest.mark.parametrize("offset", [10.0, 100.0, 1000.0])
+def test_column_offsets_that_emissions_cancel(offset):
+    arguments = low_rank(4, 60, 20, 3, seed=3)
+    columns = (torch.rand(20, generator=torch.Generator().manual_seed(1)) * 2 - 1) * offset
+    arguments["transition"] = LowRank(arguments["transition"].left, arguments["transition"].right + columns)
+    arguments["emission"] = arguments["emission"] - columns
+    # log Z is the sum of 60 frames whose scores carry a rounding of 6e-8 * offset each, whatever computes it.
+    compare(arguments, log_partition=2e-6 * max(1, offset / 100))
+
+
+@pytest.mark.parametrize("shift", [1000.0, -1000.0])
+def test_scores_around_a_thousand(shift):
+    compare(low_rank(5, 30, 9, 3, seed=3, shift=shift))
+
+
+def test_a_hundred_thousand_frames():
+    arguments = low_rank(1, 100_000, 4, 2, seed=7, lengths="full")
+    arguments["transition"] = arguments["transition"].map(lambda x: x.log_softmax(-1))
+    z, state, found = solve(arguments, torch.ones(1))
+    exact, exact_state, expected = solve(mapped(arguments, torch.Tensor.double), torch.ones(1), dense=True)
+    torch.testing.assert_close(z.double(), exact, rtol=2e-6, atol=0)
+    torch.testing.assert_close(state.double(), exact_state, rtol=0, atol=5e-6)
+    for name in ("left", "right"):
+        torch.testing.assert_close(found[name].double(), expected[name], rtol=5e-6, atol=5e-6)
+
+
+@pytest.mark.parametrize("kind", (*KINDS, "time-varying"))
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_padding_is_never_read(kind, name):
+    arguments = low_rank(4, 9, 5, 2, kind, 2)
+    arguments["lengths"] = torch.tensor([9, 0, 1, 4])
+    expected = solve(arguments, torch.ones(4))
+    inside = torch.arange(9) < arguments["lengths"][:, None]
+    arguments["emission"][~inside] = float("nan")
+    if kind == "time-varying":
+        arguments["transition"].left[~inside[:, 1:]] = float("nan")
+    with use_backend(name):
+        z, state, found = solve(arguments, torch.ones(4))
+    torch.testing.assert_close((z, state), expected[:2], atol=1e-6, rtol=1e-5)
+    assert z[1] == 0 and (found["emission"][~inside] == 0).all()
+    for key, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[2][key], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [INF, float("nan")])
+@pytest.mark.parametrize("where", ["emission", "left", "right", "initial"])
+def test_bad_scores_give_nan_and_forbidden_ones_nothing(kind, bad, where):
+    arguments = low_rank(3, 5, 4, 2, kind, 1, lengths="full", final=False)
+    tensor = arguments[where] if where in arguments else getattr(arguments["transition"], where)
+    tensor.view(-1)[1] = bad
+    arguments["emission"][1, 2] = -INF
+    z, _, found = solve(arguments, torch.ones(3))
+    assert z[0].isnan()
+    if where == "emission":
+        assert z[1] == -INF and z[2].isfinite() and (found["emission"][1] == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0), (2, 1)])
+def test_little_or_nothing_to_do(kind, shape):
+    _, _, found = solve(low_rank(*shape, 5, 2, kind, 1, lengths="full"), torch.ones(shape[0]))
+    assert (found["left"] == 0).all() and (found["right"] == 0).all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-7, 1e7, 1e30])
+@pytest.mark.parametrize("kind", KINDS)
+def test_upstream_gradients_of_any_size(kind, scale):
+    arguments = low_rank(3, 20, 6, 2, kind, 2, lengths="full")
+    expected = solve(arguments, torch.ones(3))[2]
+    for name, gradient in solve(arguments, torch.full((3,), scale))[2].items():
+        torch.testing.assert_close(gradient.double() / scale, expected[name].double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_operators_are_registered_as_torch_expects(kind, dtype):
+    arguments = low_rank(3, 5, 4, 2, kind, 1, dtype)
+    factors = torch.cat([arguments["transition"].left.transpose(-1, -2), arguments["transition"].right], -2)
+    scores = (arguments["initial"], factors, arguments["emission"], torch.tensor([5, 0, 3]), arguments["final"])
+    ops = torch.ops.hmm_speech
+    torch.library.opcheck(ops.low_rank_forward.default, scores)
+    messages = ops.low_rank_forward(*scores)
+    for edges in (True, False):
+        torch.library.opcheck(ops.low_rank_backward.default, (torch.ones(3, dtype=dtype), *scores, *messages, edges))
+
+
+def test_compiles_without_a_graph_break():
+    arguments = low_rank(3, 7, 5, 2, seed=1)
+    transition = arguments.pop("transition")
+    left, right = transition.left.requires_grad_(), transition.right
+
+    def loss(left, right, initial, emission, lengths, final):
+        return HMM(initial, LowRank(left.log_softmax(-1), right), emission * 2, lengths, final).log_partition().sum()
+
+    eager = loss(left, right, **arguments)
+    (expected,) = torch.autograd.grad(eager, left)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(left, right, **arguments)
+    torch.testing.assert_close((compiled, *torch.autograd.grad(compiled, left)), (eager, expected))
