@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import library, reference, structures
+from . import library, ops, reference, structures
 from .chain import Chain
 from .dense import DenseChain
 from .ops import _address, _dense, _lib
@@ -313,27 +313,14 @@ class ActivePosterior(Function):
 
     @staticmethod
     def backward(ctx, grad_state, grad_edge):
-        saved = ctx.saved_tensors
-        higher = torch.is_grad_enabled()
-        with torch.enable_grad():
-            tracked = [
-                x if x is None or x.requires_grad or not x.is_floating_point() else x.detach().requires_grad_()
-                for x in saved
-            ]
-            state, edge = posterior(*tracked, ctx.edges)
-            value = (state * grad_state).sum() + ((edge * grad_edge).sum() if ctx.edges != "none" else 0)
-            wanted = [k for k, x in enumerate(tracked) if x is not None and ctx.needs_input_grad[k]]
-            found = torch.autograd.grad(value, [tracked[k] for k in wanted], create_graph=higher, allow_unused=True)
-        gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        for k, gradient in zip(wanted, found, strict=True):
-            gradients[k] = gradient
-        return tuple(gradients)
+        return ops.through_reference(ctx, lambda *saved: posterior(*saved, ctx.edges), (grad_state, grad_edge))
 
 
 def posterior(grad, initial, transition, states, scores, lengths, final, edges: str) -> tuple[Tensor, Tensor]:
     """What :class:`ActivePosterior` computes, by differentiating the reference over slots."""
     with torch.enable_grad():
-        tracked = [x if x.requires_grad else x.detach().requires_grad_() for x in (scores, transition)]
+        initial, final = ops.own(initial), ops.own(final)
+        tracked = [ops.own(scores), ops.own(transition)]
         if edges == "each":
             tracked[1] = tracked[1].expand(states.shape[0], *transition.shape[-2:])
         chain, _ = _slots(initial, tracked[1], states, tracked[0], lengths, final)

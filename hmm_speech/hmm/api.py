@@ -68,6 +68,30 @@ class HMM:
     tensor([[0, 0, 1]])
     >>> hmm.marginals()[0, :, 0].round(decimals=3)
     tensor([0.9260, 0.8810, 0.2430])
+    >>> hmm.transition_counts()[0].round(decimals=3)
+    tensor([[1.0760, 0.7310],
+            [0.0470, 0.1460]])
+    >>> hmm.log_partition().round(decimals=4), hmm.smooth_viterbi(0.1).round(decimals=3)
+    (tensor([5.4888]), tensor([5.]))
+    >>> hmm.topk(2).states[:, 0]
+    tensor([[0, 0, 1],
+            [0, 0, 0]])
+    >>> hmm.sample(1000, torch.Generator().manual_seed(0)).shape
+    torch.Size([1000, 1, 3])
+    >>> path = torch.tensor([[0, 0, 1]])
+    >>> hmm.score(path), hmm.log_prob(path).exp().round(decimals=3)
+    (tensor([5.]), tensor([0.6130]))
+    >>> other = HMM(initial, torch.zeros(2, 2), emission)
+    >>> hmm.entropy().round(decimals=3), hmm.kl_divergence(other).round(decimals=3)
+    (tensor([1.1380]), tensor([0.1140]))
+
+    States that a frame may not have, for constrained or semi-supervised training and forced alignment, are emissions of
+    -inf; log Z of what is allowed less log Z of all is the log-probability that a path is allowed:
+
+    >>> allowed = torch.tensor([[[True, True], [True, False], [True, True]]])
+    >>> held = HMM(initial, transition, emission.masked_fill(~allowed, -torch.inf))
+    >>> (held.log_partition() - hmm.log_partition()).exp().round(decimals=3)
+    tensor([0.8810])
     """
 
     def __init__(
@@ -244,7 +268,13 @@ def log_partition(
     lengths: Tensor | None = None,
     final: Tensor | None = None,
 ) -> Tensor:
-    """``HMM(initial, transition, emission, lengths, final).log_partition()``, (B,)."""
+    """``HMM(initial, transition, emission, lengths, final).log_partition()``, (B,).
+
+    >>> import torch
+    >>> from hmm_speech.hmm import log_partition
+    >>> log_partition(torch.zeros(2), torch.zeros(2, 2), torch.zeros(1, 3, 2)).exp().round()
+    tensor([8.])
+    """
     return HMM(initial, transition, emission, lengths, final).log_partition()
 
 
@@ -257,6 +287,11 @@ class HMMForward:
 
         ``lengths`` (B,) says where each sequence ends. ``mask``, (B, T, 1, 1) or None, marked the same frames for the
         seed's backward pass; `lengths` decides here, and nothing is read from it. No argument is written to.
+
+        >>> import torch
+        >>> from hmm_speech.hmm import HMMForward
+        >>> HMMForward.apply(torch.zeros(1, 3, 2, 2), torch.tensor([3])).exp().round()
+        tensor([[8.]])
         """
         checks.require_tensor("potential", potential)
         if potential.dim() != 4 or potential.shape[-1] != potential.shape[-2] or potential.shape[1] < 1:

@@ -181,17 +181,7 @@ class Retreat(Function):
 
     @staticmethod
     def backward(ctx, grad_state, grad_edge):
-        *saved, lengths = ctx.saved_tensors
-        higher = torch.is_grad_enabled()
-        with torch.enable_grad():
-            tracked = [ops.own(x) for x in saved]
-            found = retreat(*tracked, lengths, ctx.edges)
-            pairs = zip(found, (grad_state, grad_edge), strict=True)
-            value = sum((x * upstream).sum() for x, upstream in pairs if x.requires_grad)
-            wanted = [k for k in range(4) if ctx.needs_input_grad[k]]
-            gradients = torch.autograd.grad(value, [tracked[k] for k in wanted], create_graph=higher, allow_unused=True)
-        by_place = dict(zip(wanted, gradients, strict=True))
-        return tuple(by_place.get(k) for k in range(len(ctx.needs_input_grad)))
+        return ops.through_reference(ctx, lambda *saved: retreat(*saved, ctx.edges), (grad_state, grad_edge))
 
 
 def retreat(grad, message, arcs, emission, lengths, edges: bool) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ the states that it took at the frames s that are not decided yet:
 Where all survivors have one ancestor, no later frame can change it (Bloit and Rodet 2008; Šrámek et al. 2007). A frame
 that reaches the lag is decided by the survivor that is best then, and those that disagree are dropped (delta = -inf):
 what is decided is the beginning of one feasible path, whatever comes. Which states come out depends on the stream and
-the lag alone, not on how the stream is cut into chunks.
+the lag alone, not on how the stream is cut into chunks; only where the path comes to a dead end, states that nobody
+had asked for until then are lost.
 
 Cost a frame and stream: N^2 additions and comparisons, and N (lag + 1) numbers moved. Without a lag, back-pointers are
 kept, N a frame, and each time that decided states are asked for, ancestors are followed over the frames that are not

@@ -232,8 +232,9 @@ class Posterior(Function):
     @staticmethod
     def backward(ctx, grad_state, grad_edge):
         needs = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # create_graph=True
-            return _through_reference(ctx.saved_tensors, ctx.edges, needs, grad_state, grad_edge)
+        # torch.compile traces this with gradients enabled, though it asks for no third derivative.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return through_reference(ctx, lambda *saved: posterior(*saved, ctx.edges), (grad_state, grad_edge))
         initial, lengths, final = ctx.saved_tensors[1], ctx.saved_tensors[4], ctx.saved_tensors[5]
         direction = grad_edge if ctx.edges else None
         expected, state, edge = torch.ops.hmm_speech.tangent(*ctx.saved_tensors, grad_state, direction, needs[2])
@@ -248,13 +249,16 @@ class Posterior(Function):
         return (*gradients, *(None,) * (len(needs) - 6))
 
 
-def _through_reference(saved, edges: bool, needs, grad_state: Tensor, grad_edge: Tensor) -> tuple[Tensor | None, ...]:
-    """The backward pass of :class:`Posterior` with a graph of its own."""
-    tracked = [own(x) for x in saved]
-    state, edge = posterior(*tracked, edges)
-    value = (state * grad_state).sum() + ((edge * grad_edge).sum() if edges else 0)
-    wanted = [k for k, x in enumerate(tracked) if x is not None and needs[k]]
-    found = torch.autograd.grad(value, [tracked[k] for k in wanted], create_graph=True, allow_unused=True)
+def through_reference(ctx, twin, upstream: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """The backward pass of an autograd function whose first inputs are what it saved; with a graph, where one is asked.
+
+    ``twin(*saved)`` computes the same in plain torch."""
+    higher, needs = torch.is_grad_enabled(), ctx.needs_input_grad
+    with torch.enable_grad():
+        tracked = [own(x) for x in ctx.saved_tensors]
+        value = sum((x * g).sum() for x, g in zip(twin(*tracked), upstream, strict=True))
+        wanted = [k for k, x in enumerate(tracked) if x is not None and needs[k]]
+        found = torch.autograd.grad(value, [tracked[k] for k in wanted], create_graph=higher, allow_unused=True)
     gradients: list[Tensor | None] = [None] * len(needs)
     for k, gradient in zip(wanted, found, strict=True):
         gradients[k] = gradient

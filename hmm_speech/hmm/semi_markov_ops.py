@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import library
+from . import library, ops
 from . import semi_markov_reference as reference
-from .ops import first_frame, last_frame
 
 _ARGUMENTS = "Tensor initial, Tensor transition, Tensor emission, Tensor durations, Tensor lengths, Tensor? final"
 _MESSAGES = "Tensor log_partition, Tensor messages, Tensor centre"
@@ -207,12 +206,12 @@ class LogPartition(Function):
                 grad, *scores, log_partition, messages, centre, *wanted
             )
         return (
-            first_frame(state, initial) if needs[0] else None,
+            ops.first_frame(state, initial) if needs[0] else None,
             arcs if needs[1] else None,
             state if needs[2] else None,
             lasting if needs[3] else None,
             None,
-            last_frame(state, lengths, final) if needs[5] else None,
+            ops.last_frame(state, lengths, final) if needs[5] else None,
         )
 
 
@@ -229,29 +228,15 @@ class Posterior(Function):
 
     @staticmethod
     def backward(ctx, *upstream):
-        higher, needs = torch.is_grad_enabled(), ctx.needs_input_grad
-        with torch.enable_grad():
-            tracked = [
-                x if x is None or x.requires_grad or not x.is_floating_point() else x.detach().requires_grad_()
-                for x in ctx.saved_tensors
-            ]
-            outputs = posterior(*tracked, *ctx.wanted)
-            asked = (True, *ctx.wanted)
-            value = sum((x * g).sum() for x, g, some in zip(outputs, upstream, asked, strict=True) if some)
-            places = [k for k, x in enumerate(tracked) if x is not None and needs[k]]
-            found = torch.autograd.grad(value, [tracked[k] for k in places], create_graph=higher, allow_unused=True)
-        gradients: list[Tensor | None] = [None] * len(needs)
-        for k, gradient in zip(places, found, strict=True):
-            gradients[k] = gradient
-        return tuple(gradients)
+        return ops.through_reference(ctx, lambda *saved: posterior(*saved, *ctx.wanted), upstream)
 
 
 def posterior(grad, initial, transition, emission, durations, lengths, final, starts, arcs, lasting) -> list[Tensor]:
     """What :class:`Posterior` computes, by differentiating the reference."""
     with torch.enable_grad():
         bonus = torch.zeros_like(emission, dtype=torch.float64).requires_grad_()
-        transition, emission, durations = (
-            x if x.requires_grad else x.detach().requires_grad_() for x in (transition, emission, durations)
+        initial, transition, emission, durations, final = (
+            ops.own(x) for x in (initial, transition, emission, durations, final)
         )
         z = reference.log_partition(initial, transition, emission, durations, lengths, final, bonus)
         wanted = ((True, emission), (starts, bonus), (arcs, transition), (lasting, durations))

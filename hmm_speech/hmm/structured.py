@@ -55,20 +55,10 @@ class Posterior(Function):
 
     @staticmethod
     def backward(ctx, grad_state, grad_edge):
-        higher, needs = torch.is_grad_enabled(), ctx.needs_input_grad
-        with torch.enable_grad():
-            tracked = [
-                x if x is None or x.requires_grad or not x.is_floating_point() else x.detach().requires_grad_()
-                for x in ctx.saved_tensors
-            ]
-            state, edge = ops.posterior(*tracked, ctx.edges, ctx.kernels.step)
-            value = (state * grad_state).sum() + ((edge * grad_edge).sum() if ctx.edges else 0)
-            wanted = [k for k, x in enumerate(tracked) if x is not None and needs[k]]
-            found = torch.autograd.grad(value, [tracked[k] for k in wanted], create_graph=higher, allow_unused=True)
-        gradients: list[Tensor | None] = [None] * len(needs)
-        for k, gradient in zip(wanted, found, strict=True):
-            gradients[k] = gradient
-        return tuple(gradients)
+        def twin(*saved):
+            return ops.posterior(*saved, ctx.edges, ctx.kernels.step)
+
+        return ops.through_reference(ctx, twin, (grad_state, grad_edge))
 
 
 def marginals(scores: tuple, kernels) -> Tensor:

@@ -16,7 +16,7 @@ PROGRAMS = ("exercise", "exercise_best_paths", "exercise_halves", "exercise_semi
 
 
 def built(folder, sanitizer):
-    flags = f"{FLAGS[sanitizer]} -O1 -g -fno-omit-frame-pointer"
+    flags = f"{FLAGS[sanitizer]} -O1 -g1 -fno-omit-frame-pointer"
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None or shutil.which("cmake") is None:
         pytest.skip("no C++ compiler or no cmake here")

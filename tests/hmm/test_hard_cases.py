@@ -129,3 +129,18 @@ def test_compiles_without_a_graph_break():
     compiled, found_states = torch.compile(loss, fullgraph=True, backend="aot_eager")(**arguments)
     (found,) = torch.autograd.grad(compiled, arguments["emission"])
     torch.testing.assert_close((compiled, found, found_states), (eager, expected, states))
+
+
+def test_posteriors_compile_without_a_graph_break():
+    arguments = problem(3, 7, 5, "shared", 1, torch.float32)
+    arguments["emission"].requires_grad_()
+
+    def loss(initial, transition, emission, lengths, final):
+        hmm = HMM(initial, transition, emission * 2, lengths, final)
+        return (hmm.marginals() ** 2).sum() + (hmm.transition_counts() ** 2).sum()
+
+    eager = loss(**arguments)
+    (expected,) = torch.autograd.grad(eager, arguments["emission"])
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(**arguments)
+    (found,) = torch.autograd.grad(compiled, arguments["emission"])
+    torch.testing.assert_close((compiled, found), (eager, expected))

@@ -187,3 +187,28 @@ def test_bad_structures():
     ]:  # fmt: skip
         with pytest.raises(error, match=message):
             made()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["banded", "low-rank", "active", "chunked", "semi-Markov"])
+def test_scores_computed_from_each_other(backend, kind):
+    """All made from one parameter: posteriors are those of the numbers, gradients go through all of them."""
+    from hmm_speech.hmm import Active, Banded, Chunked, LowRank, SemiMarkovHMM
+
+    def marginals(table):
+        emission = table[torch.tensor([[0, 1, 2, 1], [2, 2, 0, 1]])]
+        initial, arcs = emission[0, 0] * 2, table * emission.mean()
+        if kind == "semi-Markov":
+            return SemiMarkovHMM(initial, arcs, emission, arcs[:, :2]).marginals()
+        transition = {"banded": Banded(arcs[:2], (0, 1)), "low-rank": LowRank(arcs, arcs.T), "active": arcs,
+                      "chunked": Chunked(lambda a, b: arcs.expand(2, b - a, 3, 3), 2)}[kind]  # fmt: skip
+        states = torch.tensor([0, 1, 2]).expand(2, 4, 3)
+        return HMM(initial, transition, Active(states, emission) if kind == "active" else emission).marginals()
+
+    table = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with use_backend("reference"):
+        expected = marginals(table)
+    close(expected.sum(-1), torch.ones(2, 4, dtype=torch.float64))
+    with use_backend(backend):
+        close(marginals(table.requires_grad_()), expected)
+        assert torch.autograd.gradcheck(marginals, (table,))
