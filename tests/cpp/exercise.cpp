@@ -1,45 +1,23 @@
 // Calls the whole C interface on exact-sized heap arrays, for the sanitizers to watch: every tail of the tiles, every
 // method, lengths 0 to T, several threads. Checks what must hold of any result; the numbers are Python's to compare.
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <limits>
-#include <random>
-#include <vector>
+#include "exercise.h"
 
-#include "hmm_speech.h"
+HMM_FUNCTIONS(hmm)
 
-#define CHECK(condition)                                                             \
-  if (!(condition)) {                                                                \
-    std::fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);     \
-    std::exit(1);                                                                    \
-  }
-
-template <class Real> struct Functions;
-#define HMM_FUNCTIONS(suffix, Real)                                \
-  template <> struct Functions<Real> {                             \
-    static constexpr auto forward = hmm_forward_##suffix;          \
-    static constexpr auto backward = hmm_backward_##suffix;        \
-    static constexpr auto viterbi = hmm_viterbi_##suffix;          \
-    static constexpr auto sample = hmm_sample_##suffix;            \
-    static constexpr auto tangent = hmm_tangent_##suffix;          \
-    static constexpr double tolerance = sizeof(Real) == 4 ? 1e-4 : 1e-9; \
-  };
-HMM_FUNCTIONS(f32, float)
-HMM_FUNCTIONS(f64, double)
+int tangent(const hmm_problem *p, const float *g, const float *v, const float *u, float *e, float *s, float *a) {
+  return hmm_tangent_f32(p, g, v, u, e, s, a);
+}
+int tangent(const hmm_problem *p, const double *g, const double *v, const double *u, double *e, double *s, double *a) {
+  return hmm_tangent_f64(p, g, v, u, e, s, a);
+}
 
 enum Kind { kShared, kPerSequence, kTimeVarying };
 
 template <class Real> void exercise(int B, int T, int N, Kind kind, double scale, double forbidden, bool extras, int threads) {
   using F = Functions<Real>;
   std::mt19937 random(unsigned(B * 7919 + T * 104729 + N * 31 + kind));
-  std::normal_distribution<double> normal;
   std::uniform_real_distribution<double> uniform;
-  auto scores = [&](size_t n) {
-    std::vector<Real> x(n);
-    for (Real &v : x) v = uniform(random) < forbidden ? -std::numeric_limits<Real>::infinity() : Real(scale * normal(random));
-    return x;
-  };
+  RandomScores<Real> scores = {random, scale, forbidden};
   const size_t arcs = size_t(N) * N, steps = T > 0 ? T - 1 : 0;
   const std::vector<Real> initial = scores(extras ? size_t(B) * N : N), final = scores(N), emission = scores(size_t(B) * T * N);
   const std::vector<Real> transition = scores(kind == kShared ? arcs : kind == kPerSequence ? B * arcs : B * steps * arcs);
@@ -75,8 +53,8 @@ template <class Real> void exercise(int B, int T, int N, Kind kind, double scale
   CHECK(F::sample(&p, S, z.data(), alpha.data(), method.data(), draws.data(), samples.data()) == HMM_OK);
 
   std::vector<Real> average(B), change(size), edge_change(edge.size());
-  CHECK(F::tangent(&p, grad.data(), alpha.data(), edge.data(), average.data(), change.data(), edge_change.data()) == HMM_OK);
-  CHECK(F::tangent(&p, grad.data(), alpha.data(), nullptr, average.data(), change.data(), nullptr) == HMM_OK);
+  CHECK(tangent(&p, grad.data(), alpha.data(), edge.data(), average.data(), change.data(), edge_change.data()) == HMM_OK);
+  CHECK(tangent(&p, grad.data(), alpha.data(), (const Real *)nullptr, average.data(), change.data(), (Real *)nullptr) == HMM_OK);
 
   double expected = 0, mass = 0;
   for (Real x : edge) mass += double(x);

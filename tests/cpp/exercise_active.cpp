@@ -1,46 +1,19 @@
 // Calls the C interface of chains with active states on exact-sized heap arrays, for the sanitizers to watch: runs of
 // consecutive states and any others, tables and single blocks, every tail of the vectors, redone sequences, several threads.
 #include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <limits>
 #include <numeric>
-#include <random>
-#include <vector>
 
-#include "hmm_speech.h"
+#include "exercise.h"
 
-#define CHECK(condition)                                                             \
-  if (!(condition)) {                                                                \
-    std::fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);     \
-    std::exit(1);                                                                    \
-  }
-
-template <class Real> struct Functions;
-#define HMM_FUNCTIONS(suffix, Real)                                      \
-  template <> struct Functions<Real> {                                   \
-    static constexpr auto forward = hmm_active_forward_##suffix;         \
-    static constexpr auto backward = hmm_active_backward_##suffix;       \
-    static constexpr auto viterbi = hmm_active_viterbi_##suffix;         \
-    static constexpr auto sample = hmm_active_sample_##suffix;           \
-    static constexpr double tolerance = sizeof(Real) == 4 ? 1e-4 : 1e-9; \
-  };
-HMM_FUNCTIONS(f32, float)
-HMM_FUNCTIONS(f64, double)
+HMM_FUNCTIONS(hmm_active)
 
 // N states, K slots; `runs`: consecutive states from any first one, fewer than K of them at times.
 template <class Real>
 void exercise(int B, int T, int N, int K, bool runs, bool per_sequence, double scale, double forbidden, int threads) {
   using F = Functions<Real>;
   std::mt19937 random(unsigned(B * 7919 + T * 104729 + N * 31 + K));
-  std::normal_distribution<double> normal;
   std::uniform_real_distribution<double> uniform;
-  auto scores = [&](size_t n) {
-    std::vector<Real> x(n);
-    for (Real &v : x) v = uniform(random) < forbidden ? -std::numeric_limits<Real>::infinity() : Real(scale * normal(random));
-    return x;
-  };
+  RandomScores<Real> scores = {random, scale, forbidden};
   const size_t arcs = size_t(N) * N, frames = size_t(B) * T, size = frames * K;
   const std::vector<Real> initial = scores(N), final = scores(size_t(B) * N), emission = scores(size);
   const std::vector<Real> transition = scores(per_sequence ? B * arcs : arcs);

@@ -1,32 +1,9 @@
 // Calls the banded part of the C interface on exact-sized heap arrays, for the sanitizers to watch: every tail of the
 // vectors, offsets of any sign and size, every kind of diagonals, lengths 0 to T, several threads. What leads nowhere
 // holds NaN.
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <limits>
-#include <random>
-#include <vector>
+#include "exercise.h"
 
-#include "hmm_speech.h"
-
-#define CHECK(condition)                                                             \
-  if (!(condition)) {                                                                \
-    std::fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);     \
-    std::exit(1);                                                                    \
-  }
-
-template <class Real> struct Functions;
-#define HMM_FUNCTIONS(suffix, Real)                                \
-  template <> struct Functions<Real> {                             \
-    static constexpr auto forward = hmm_banded_forward_##suffix;   \
-    static constexpr auto backward = hmm_banded_backward_##suffix; \
-    static constexpr auto viterbi = hmm_banded_viterbi_##suffix;   \
-    static constexpr auto sample = hmm_banded_sample_##suffix;     \
-    static constexpr double tolerance = sizeof(Real) == 4 ? 1e-4 : 1e-9; \
-  };
-HMM_FUNCTIONS(f32, float)
-HMM_FUNCTIONS(f64, double)
+HMM_FUNCTIONS(hmm_banded)
 
 enum Kind { kShared, kPerSequence, kTimeVarying };
 
@@ -34,13 +11,8 @@ template <class Real>
 void exercise(int B, int T, int N, const std::vector<int64_t> &offsets, Kind kind, double scale, double forbidden, bool extras, int threads) {
   using F = Functions<Real>;
   std::mt19937 random(unsigned(B * 7919 + T * 104729 + N * 31 + kind));
-  std::normal_distribution<double> normal;
   std::uniform_real_distribution<double> uniform;
-  auto scores = [&](size_t n) {
-    std::vector<Real> x(n);
-    for (Real &v : x) v = uniform(random) < forbidden ? -std::numeric_limits<Real>::infinity() : Real(scale * normal(random));
-    return x;
-  };
+  RandomScores<Real> scores = {random, scale, forbidden};
   const size_t D = offsets.size(), block = D * N, steps = T > 0 ? T - 1 : 0;
   const size_t blocks = kind == kShared ? 1 : kind == kPerSequence ? B : B * steps;
   const std::vector<Real> initial = scores(extras ? size_t(B) * N : N), final = scores(N), emission = scores(size_t(B) * T * N);

@@ -1,19 +1,6 @@
 // hmm_viterbi and hmm_topk on exact-sized heap arrays, for the sanitizers to watch: tails of the tiles, groups of every
 // size, lists of every kind, pointers of each width, several threads. What must hold of any result is checked here.
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <limits>
-#include <random>
-#include <vector>
-
-#include "hmm_speech.h"
-
-#define CHECK(condition)                                                         \
-  if (!(condition)) {                                                            \
-    std::fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
-    std::exit(1);                                                                \
-  }
+#include "exercise.h"
 
 int viterbi(const hmm_problem *p, float *s, float *d, int64_t *z) { return hmm_viterbi_f32(p, s, d, z); }
 int viterbi(const hmm_problem *p, double *s, double *d, int64_t *z) { return hmm_viterbi_f64(p, s, d, z); }
@@ -23,13 +10,7 @@ int topk(const hmm_problem *p, int64_t k, double *s, int64_t *z) { return hmm_to
 // kind: 0 shared, 1 per sequence, 2 time-varying.
 template <class Real> void exercise(int B, int T, int N, int k, int kind, double forbidden, int threads) {
   std::mt19937 random(unsigned(B * 7919 + T * 104729 + N * 31 + kind));
-  std::normal_distribution<double> normal;
-  std::uniform_real_distribution<double> uniform;
-  auto scores = [&](size_t n) {
-    std::vector<Real> x(n);
-    for (Real &v : x) v = uniform(random) < forbidden ? -std::numeric_limits<Real>::infinity() : Real(normal(random));
-    return x;
-  };
+  RandomScores<Real> scores = {random, 1, forbidden};
   const size_t arcs = size_t(N) * N, steps = T > 0 ? T - 1 : 0;
   const std::vector<Real> initial = scores(N), final = scores(size_t(B) * N), emission = scores(size_t(B) * T * N);
   const std::vector<Real> transition = scores(kind == 0 ? arcs : kind == 1 ? B * arcs : B * steps * arcs);

@@ -1,19 +1,6 @@
 // Sequences from both ends, under the sanitizers: few sequences on many threads, lengths 0 to T, both passes with threads
 // of their own. Whatever the threads, the numbers are those of one thread, and the same again the second time.
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <limits>
-#include <random>
-#include <vector>
-
-#include "hmm_speech.h"
-
-#define CHECK(condition)                                                         \
-  if (!(condition)) {                                                            \
-    std::fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
-    std::exit(1);                                                                \
-  }
+#include "exercise.h"
 
 struct Result {
   std::vector<float> z, state, edge;
@@ -27,13 +14,8 @@ struct Case {
 
   Case(int b, int t, int n, double scale, double forbidden) : B(b), T(t), N(n) {
     std::mt19937 random(unsigned(B * 7919 + T * 104729 + N));
-    std::normal_distribution<double> normal;
-    std::uniform_real_distribution<double> uniform;
-    auto scores = [&](size_t count) {
-      std::vector<float> x(count);
-      for (float &v : x) v = uniform(random) < forbidden ? -std::numeric_limits<float>::infinity() : float(scale * normal(random));
-      return x;
-    };
+      std::uniform_real_distribution<double> uniform;
+    RandomScores<float> scores = {random, scale, forbidden};
     initial = scores(N), transition = scores(size_t(N) * N), emission = scores(size_t(B) * T * N), final = scores(N);
     for (int k = 0; k < B; k++) lengths.push_back(k ? random() % (T + 1) : T), grad.push_back(float(k % 3) - 1);
   }

@@ -1,43 +1,15 @@
 // Calls the C interface of semi-Markov chains on exact-sized heap arrays, for the sanitizers to watch: tails of the tiles,
 // durations beyond the frames, forbidden and far scores, lengths 0 to T, several threads. Checks what must hold of any
 // result; the numbers are Python's to compare.
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <limits>
-#include <random>
-#include <vector>
+#include "exercise.h"
 
-#include "hmm_speech.h"
-
-#define CHECK(condition)                                                             \
-  if (!(condition)) {                                                                \
-    std::fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);     \
-    std::exit(1);                                                                    \
-  }
-
-template <class Real> struct Functions;
-#define HMM_FUNCTIONS(suffix, Real)                                \
-  template <> struct Functions<Real> {                             \
-    static constexpr auto forward = hmm_semi_markov_forward_##suffix;          \
-    static constexpr auto backward = hmm_semi_markov_backward_##suffix;        \
-    static constexpr auto viterbi = hmm_semi_markov_viterbi_##suffix;          \
-    static constexpr auto sample = hmm_semi_markov_sample_##suffix;            \
-    static constexpr double tolerance = sizeof(Real) == 4 ? 1e-4 : 1e-9; \
-  };
-HMM_FUNCTIONS(f32, float)
-HMM_FUNCTIONS(f64, double)
+HMM_FUNCTIONS(hmm_semi_markov)
 
 template <class Real> void exercise(int B, int T, int N, int D, bool own, double scale, double forbidden, int threads) {
   using F = Functions<Real>;
   std::mt19937 random(unsigned(B * 7919 + T * 104729 + N * 31 + D));
-  std::normal_distribution<double> normal;
   std::uniform_real_distribution<double> uniform;
-  auto scores = [&](size_t n) {
-    std::vector<Real> x(n);
-    for (Real &v : x) v = uniform(random) < forbidden ? -std::numeric_limits<Real>::infinity() : Real(scale * normal(random));
-    return x;
-  };
+  RandomScores<Real> scores = {random, scale, forbidden};
   const size_t each = own ? B : 1, frames = size_t(B) * T, size = frames * N;
   const std::vector<Real> initial = scores(each * N), final = scores(each * N), emission = scores(size);
   const std::vector<Real> transition = scores(each * N * N), durations = scores(each * N * D);

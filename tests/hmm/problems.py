@@ -11,6 +11,12 @@ INF = float("inf")
 KINDS = ("shared", "per-sequence", "time-varying")
 
 
+def random_scores(g, shape, dtype, scale, shift, forbidden):
+    x = torch.randn(shape, generator=g, dtype=torch.float64) * scale + shift
+    x[torch.rand(shape, generator=g) < forbidden] = -INF
+    return x.to(dtype)
+
+
 def problem(
     batch,
     time,
@@ -30,9 +36,7 @@ def problem(
     shapes["time-varying"] = (batch, max(time - 1, 0), states, states)
 
     def scores(*shape):
-        x = torch.randn(shape, generator=g, dtype=torch.float64) * scale + shift
-        x[torch.rand(shape, generator=g) < forbidden] = -INF
-        return x.to(dtype)
+        return random_scores(g, shape, dtype, scale, shift, forbidden)
 
     made = {"initial": scores(states) if seed % 2 else scores(batch, states), "transition": scores(*shapes[kind])}
     made["emission"] = scores(batch, time, states)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from hmm_speech.hmm import Active, Banded, Chunked, LowRank
-from tests.hmm.problems import INF, problem
+from tests.hmm.problems import INF, problem, random_scores
 
 TRANSITIONS = ("dense", "low-rank", "banded", "chunked")
 EMISSIONS = ("dense", "active")
@@ -33,9 +33,7 @@ def structured(
     leading = {"shared": (), "per-sequence": (batch,), "time-varying": (batch, max(time - 1, 0))}[kind]
 
     def scores(*shape):
-        x = torch.randn(shape, generator=g, dtype=torch.float64) * scale
-        x[torch.rand(shape, generator=g) < forbidden] = -INF
-        return x.to(dtype)
+        return random_scores(g, shape, dtype, scale, 0.0, forbidden)
 
     if transition == "low-rank":
         rank = 1 + seed % 3
