@@ -1,5 +1,5 @@
-// Semi-Markov chains: forward-backward over segmentations (explicit-duration HMM: Yu 2010, eqs. 15-25; Sarawagi and
-// Cohen 2004, eq. 2).
+// Semi-Markov chains: forward-backward over segmentations (explicit-duration HMM: Yu 2010; Sarawagi and
+// Cohen 2004).
 //
 //   start_0(j) = initial(j),   start_t(j) = log sum_i exp(end_{t-1}(i) + phi(i, j))
 //   end_t(j)   = log sum_{d=1..min(D, t+1)} exp(start_{t-d+1}(j) + durations(j, d) + e_{t-d+1}(j) + ... + e_t(j))

@@ -2,7 +2,7 @@
 //
 // Let V(z) be the sum of v over what a path z uses (v_t(j) at its states, u(i, j) at its arcs). The derivative of a
 // posterior along v is a covariance, p(f | x) (E[V | f, x] - E[V | x]) (an expectation semiring: Eisner 2002; Li and
-// Eisner 2009, section 5), and E[V | z_t, x] splits into what precedes t and what follows it:
+// Eisner 2009), and E[V | z_t, x] splits into what precedes t and what follows it:
 //
 //   a_t(j)     = v_t(j) + sum_i p(z_{t-1} = i | z_t = j, x_0..t) (a_{t-1}(i) + u_t(i, j))
 //   b_{t-1}(i) = sum_j p(z_t = j | z_{t-1} = i, x) (u_t(i, j) + v_t(j) + b_t(j))

@@ -37,7 +37,7 @@ class SemiMarkovHMM:
     .. math:: s = \pi(z_1) + \sum_k \Big[ \delta(z_k, d_k) + \sum_{t_k \le t < t_k + d_k} e_t(z_k) \Big]
         + \sum_{k>1} \phi(z_{k-1}, z_k) + f(z_K)
 
-    (Yu 2010, "Hidden semi-Markov models", eqs. 4-6; Sarawagi and Cohen 2004, eq. 1). Scores are potentials of any sign
+    (Yu 2010, "Hidden semi-Markov models"; Sarawagi and Cohen 2004). Scores are potentials of any sign
     and scale, -inf forbids. The first segment begins at the first frame and the last ends at the last. A state may
     follow itself, as a second segment, unless ``transition`` has -inf on its diagonal.
 
@@ -113,7 +113,7 @@ class SemiMarkovHMM:
     def log_partition(self) -> Tensor:
         r""":math:`\log Z`, the log of the sum over segmentations of exp(score), (B,).
 
-        The forward algorithm over starts and ends of segments (Yu 2010, eqs. 15-17),
+        The forward algorithm over starts and ends of segments (Yu 2010),
 
         .. math:: \alpha_t(j) = \log \sum_{d \le \min(D, t + 1)} \exp\Big( \beta_{t-d+1}(j) + \delta(j, d)
             + \sum_{t-d < s \le t} e_s(j) \Big), \quad \beta_t(j) = \log \sum_i \exp(\alpha_{t-1}(i) + \phi(i, j)),
@@ -145,7 +145,7 @@ class SemiMarkovHMM:
         return self._posterior(lasting=True)[3]
 
     def viterbi(self) -> Segmentation:
-        """The segmentation of the highest score (Yu 2010, section 2.2.3). Ties: the smallest state, then the shortest
+        """The segmentation of the highest score (Yu 2010). Ties: the smallest state, then the shortest
         duration, from the last segment on. ``score`` is differentiable: its gradients are the path's indicators."""
         with torch.no_grad():
             find = torch.ops.hmm_speech.semi_markov_viterbi if self._native else reference.viterbi
