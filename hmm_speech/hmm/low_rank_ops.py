@@ -8,7 +8,7 @@
     counts of left  = L * sum_t a_{t-1}^T v_t / G_{t-1}
     counts of right = R * sum_t u_t^T (w_t * b_t) / G_{t-1}
 
-(Rabiner 1989, section V.A, with a hidden class between two states: Chiu et al. 2021, arXiv:2201.02715.) Sequences run together, in
+(Rabiner 1989, section V.A, with a hidden class between two states: Chiu et al. 2021.) Sequences run together, in
 the order of falling length, so that a half step is one matrix product; the counts are one product over all frames each.
 Cost a frame and sequence: 4 N R flops forward, 8 N R backward with counts, N exps; memory: two messages and the
 weights, B T (2 N + R) numbers, and as much again backward. No (N, N) is formed. No limits on N, R and T.

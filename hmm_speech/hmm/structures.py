@@ -19,8 +19,9 @@ from .reference import INF, logsumexp
 class LowRank:
     r"""Transition scores that are the log of a product, :math:`\phi(i, j) = \log \sum_r \exp(l(i, r) + r(r, j))`.
 
-    A chain that passes through one of R hidden classes between any two states (Chiu et al. 2021, arXiv:2201.02715; with softmaxes
-    over r and over j, both factors are conditional distributions). Forward-backward costs 2 N R a frame, not N^2.
+    A chain that passes through one of R hidden classes between any two states (Chiu et al. 2021, arXiv:2201.02715; with
+    softmaxes over r and over j, both factors are conditional distributions). Forward-backward costs 2 N R a frame, not
+    N^2.
 
     Args:
         left: :math:`l`, (N, R), (B, N, R) or (B, T-1, N, R), in nats; -inf forbids.
