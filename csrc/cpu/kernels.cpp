@@ -366,6 +366,7 @@ int topk(const hmm_problem &p, const int64_t *order, Parallel parallel, int64_t 
 template <class Real> struct Sample : Status {
   const hmm_problem &p;
   int64_t samples;
+  const Columns<Real> *shared[2] = {};  // for log messages, for scaled ones
   const Real *log_partition, *alpha, *uniform;
   const int32_t *method;
   int64_t *states;
@@ -377,27 +378,28 @@ template <class Real> struct Sample : Status {
     for (int64_t k = 0; k < q.length * q.states; k++) alpha[k] = Real(exact.alpha[k]);
     return true;
   }
+  bool feasible(int64_t b) const { return log_partition[b] - log_partition[b] == 0; }
 
   void operator()(int worker, int workers) {
     const FlushToZero flush;
-    const int64_t N = p.states;
-    Scratch<Real> rows(2 * round_up(N, kLanes<Real>)), columns(p.time_varying ? 0 : N * N);
-    if (!rows.data || !columns.data) return out_of_memory();
+    const int64_t N = p.states, padded = round_up(N, kLanes<Real>);
+    Scratch<Real> rows(2 * padded);
+    Scratch<double> sums(padded / kLanes<Real>);
+    if (!rows.data || !sums.data) return out_of_memory();
     for (int64_t b = worker; b < p.batch; b += workers) {
       const Sequence<Real> q(p, b);
-      if (!p.time_varying && p.time > 1 && (b == worker || p.transition_batch_stride))
-        for (int64_t i = 0; i < N; i++)
-          for (int64_t j = 0; j < N; j++) columns[j * N + i] = q.transition[i * N + j];
-      const bool feasible = log_partition[b] - log_partition[b] == 0, redone = feasible && method[b] == HMM_REDONE;
+      for (int64_t s = 0; s < samples; s++)
+        for (int64_t t = feasible(b) ? q.length : 0; t < p.time; t++) states[(s * p.batch + b) * p.time + t] = -1;
+      if (!feasible(b)) continue;
+      const bool redone = method[b] == HMM_REDONE, scaled = method[b] == HMM_SCALED;
       Scratch<Real> messages(redone ? q.length * N : 0);
       if (!messages.data || (redone && !log_messages(q, messages))) return out_of_memory();
-      for (int64_t s = 0; s < samples; s++) {
-        int64_t *path = states + (s * p.batch + b) * p.time;
-        for (int64_t t = feasible ? q.length : 0; t < p.time; t++) path[t] = -1;
-        if (feasible)
-          sample_sequence(q, method[b] == HMM_SCALED, redone ? (const Real *)messages : alpha + b * p.time * N,
-                          p.time_varying ? nullptr : (Real *)columns, uniform + (s * p.batch + b) * p.time, path, (Real *)rows);
-      }
+      std::optional<Columns<Real>> own;
+      if (!one_matrix(p) && worth_columns(p, samples * q.length)) own.emplace(q.transition, N, scaled);
+      if (own && !own->data.data) return out_of_memory();
+      Walks<Real> walks = {q, scaled, redone ? (const Real *)messages : alpha + b * p.time * N,
+                           own ? &*own : shared[scaled], rows, rows + padded, sums};
+      walks.run(samples, p.batch * p.time, uniform + b * p.time, states + b * p.time);
     }
   }
 };
@@ -410,6 +412,18 @@ int sample(const hmm_problem &p, Parallel parallel, int64_t samples, const Real 
   Sample<Real> body(p);
   body.samples = samples, body.log_partition = log_partition, body.alpha = alpha, body.method = method;
   body.uniform = uniform, body.states = states;
+  std::optional<Columns<Real>> columns[2];
+  if (one_matrix(p)) {
+    const FlushToZero flush;
+    int64_t walked[2] = {};
+    for (int64_t b = 0; b < p.batch; b++) walked[method[b] == HMM_SCALED] += body.feasible(b) ? samples * p.lengths[b] : 0;
+    for (bool scaled : {false, true}) {
+      if (!worth_columns(p, walked[scaled])) continue;
+      columns[scaled].emplace((const Real *)p.transition, p.states, scaled);
+      if (!columns[scaled]->data.data) return HMM_OUT_OF_MEMORY;
+      body.shared[scaled] = &*columns[scaled];
+    }
+  }
   return run(parallel, p.batch, p.threads, body);
 }
 
