@@ -416,7 +416,8 @@ int sample(const hmm_problem &p, Parallel parallel, int64_t samples, const Real 
   if (one_matrix(p)) {
     const FlushToZero flush;
     int64_t walked[2] = {};
-    for (int64_t b = 0; b < p.batch; b++) walked[method[b] == HMM_SCALED] += body.feasible(b) ? samples * p.lengths[b] : 0;
+    for (int64_t b = 0; b < p.batch; b++)
+      if (body.feasible(b)) walked[method[b] == HMM_SCALED] += samples * p.lengths[b];
     for (bool scaled : {false, true}) {
       if (!worth_columns(p, walked[scaled])) continue;
       columns[scaled].emplace((const Real *)p.transition, p.states, scaled);

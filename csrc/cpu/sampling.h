@@ -2,15 +2,15 @@
 //
 //   z_{L-1} ~ alpha_{L-1},   z_{t-1} with probability proportional to alpha_{t-1}(i) exp(phi_t(i, z_t))
 //
-// Where messages are scaled and arcs shared over time, the transposed arcs are exponentiated once, exp(phi(i, j) - max_i
-// phi(i, j)): a weight is a product then. An arc whose exponential is 0 has none in the forward pass either
-// (scaled_arcs.h), whose certificate says that nothing relevant was lost.
-// Cost a frame and sample: N products and sums, 2 N numbers read, N / lanes sums across a vector; N exps where messages
-// are logarithms or too few frames are walked to repay the table. Samples of one sequence walk side by side, so that one's
-// chain of dependent steps hides behind the others'. Measured on one core of an EPYC (Zen 5), float, a frame and sample:
-// 32 ns for N = 50 (forward pass: 60), 35 for 128, 82 for 512, 190 for 1024 (9,200); the floor, 2 N / 16 loads and N / 16
-// fused multiply-adds and two loads a cycle, is 1 to 15 ns; most goes into the sums and the search within a vector, each
-// of them a chain of 16 additions or a tree of 4, and into columns that come from the second or third level of cache.
+// Where messages are scaled and arcs shared over time, the transposed arcs are exponentiated once a call, as
+// exp(phi(i, j) - max_i phi(i, j)): a weight is a product then. An arc whose exponential is 0 has none in the forward
+// pass either (scaled_arcs.h), whose certificate says that nothing relevant was lost. Cost a frame and sample: N
+// products and sums, 2 N numbers read, N / lanes sums across a vector; N exps where messages are logarithms or too
+// few frames are walked to repay the table. Samples of one sequence walk side by side, so that one's chain of
+// dependent steps hides behind the others'. Measured on one core of an EPYC (Zen 5), float, B = 8, 10 samples or
+// more, a frame and sample: 32 ns for N = 50 (forward pass: 60), 35 for 128, 82 for 512, 190 for 1024 (9,200). The
+// floor, two loads a cycle, is 1 to 15 ns; most goes into the sums across vectors, the search within one, a chain of
+// additions, and columns that come from the second or third level of cache.
 // Limits: none on N or T.
 #pragma once
 #include "log_space.h"
@@ -19,8 +19,8 @@ namespace {
 
 constexpr int64_t kWalks = 8;  // samples that walk side by side
 
-// Does a table of columns repay its N^2 transpositions and exps? A frame without it gathers one column from N cache lines,
-// which costs about as much as three columns of the table (N = 512 and 1024: 3 us against 1).
+// Does a table of columns repay its N^2 transpositions and exps? A frame without it gathers one column from N cache
+// lines, which costs about as much as three columns of the table (N = 1024: 3.2 us against 1.0).
 inline bool worth_columns(const hmm_problem &p, int64_t frames) {
   return !p.time_varying && p.time > 1 && 3 * frames >= p.states;
 }
@@ -47,10 +47,12 @@ template <class Real> struct Columns {
   }
 };
 
-// A state drawn with probability proportional to weight (padded by 0 to whole vectors), by the inverse of the cumulative
-// distribution: the vector of states first, then the state within it. One of weight 0 is never drawn: it does not raise
-// the sums that are compared. Where rounding leaves nothing to draw, the last state of positive weight is.
-template <class Real> HMM_INLINE int64_t draw(const Real *weight, int64_t N, Real uniform, double *sums /* N / lanes, up */) {
+// A state drawn with probability proportional to weight (padded by 0 to whole vectors), by the inverse of the
+// cumulative distribution: the vector of states first, then the state within it. One of weight 0 is never drawn: it
+// does not raise the sums that are compared. Where rounding leaves nothing to draw, the last state of positive weight
+// is.
+template <class Real>
+HMM_INLINE int64_t draw(const Real *weight, int64_t N, Real uniform, double *sums /* one a vector */) {
   constexpr int W = kLanes<Real>;
   const int64_t vectors = (N + W - 1) / W;
   double total = 0;
@@ -72,7 +74,8 @@ template <class Real> HMM_INLINE int64_t draw(const Real *weight, int64_t N, Rea
   return i;
 }
 
-// Samples of one sequence. columns: exponentials where messages are scaled, scores elsewhere; null to gather from the arcs.
+// Samples of one sequence. columns: exponentials where messages are scaled, scores elsewhere; null to gather from the
+// arcs.
 template <class Real> struct Walks {
   const Sequence<Real> &q;
   const bool scaled;
