@@ -3,14 +3,15 @@
 //   z_{L-1} ~ alpha_{L-1},   z_{t-1} with probability proportional to alpha_{t-1}(i) exp(phi_t(i, z_t))
 //
 // Where messages are scaled and arcs shared over time, the transposed arcs are exponentiated once a call, as
-// exp(phi(i, j) - max_i phi(i, j)): a weight is a product then. An arc whose exponential is 0 has none in the forward
-// pass either (scaled_arcs.h), whose certificate says that nothing relevant was lost. Cost a frame and sample: N
-// products and sums, 2 N numbers read, N / lanes sums across a vector; N exps where messages are logarithms or too
-// few frames are walked to repay the table. Samples of one sequence walk side by side, so that one's chain of
-// dependent steps hides behind the others'. Measured on one core of an EPYC (Zen 5), float, B = 8, 10 samples or
-// more, a frame and sample: 32 ns for N = 50 (forward pass: 60), 35 for 128, 82 for 512, 190 for 1024 (9,200). The
-// floor, two loads a cycle, is 1 to 15 ns; most goes into the sums across vectors, the search within one, a chain of
-// additions, and columns that come from the second or third level of cache.
+// exp(phi(i, j) - max_i phi(i, j)): a weight is a product then. No allowed arc is flushed: messages are scaled
+// only where arcs lie less than 100 bits below their column's maximum, and what a product flushes, the forward pass,
+// whose certificate says that nothing relevant was lost (scaled_arcs.h), flushed as well.
+// Cost a frame and sample: N products and sums, 2 N numbers read, N / lanes sums across a vector; N exps where messages
+// are logarithms or too few frames are walked to repay the table. Samples of one sequence walk side by side, so that
+// one's chain of dependent steps hides behind the others'. Measured on one core of an EPYC (Zen 5), float, B = 8, 10
+// samples or more, a frame and sample: 32 ns for N = 50 (forward pass: 60), 35 for 128, 82 for 512, 190 for 1024.
+// The floor, two loads a cycle, is 1 to 15 ns; most goes into the sums across vectors, the search within one, and
+// columns that come from the second or third level of cache.
 // Limits: none on N or T.
 #pragma once
 #include "log_space.h"
@@ -47,12 +48,27 @@ template <class Real> struct Columns {
   }
 };
 
-// A state drawn with probability proportional to weight (padded by 0 to whole vectors), by the inverse of the
-// cumulative distribution: the vector of states first, then the state within it. One of weight 0 is never drawn: it
-// does not raise the sums that are compared. Where rounding leaves nothing to draw, the last state of positive weight
-// is.
+// A state drawn with probability proportional to weight (N), by the inverse of the cumulative distribution: for short
+// lists, and others that are not padded.
+template <class Real> HMM_INLINE int64_t draw(const Real *weight, int64_t N, Real uniform) {
+  double total = 0;
+  for (int64_t i = 0; i < N; i++) total += double(weight[i]);
+  double left = double(uniform) * total;
+  int64_t last = 0;
+  for (int64_t i = 0; i < N; i++) {
+    if (!(weight[i] > 0)) continue;
+    last = i;
+    left -= double(weight[i]);
+    if (left < 0) break;
+  }
+  return last;
+}
+
+// The same where weight is padded by 0 to whole vectors: the vector of states first, then the state within it. One of
+// weight 0 is never drawn, since it does not raise the sums that are compared. Where rounding leaves nothing to draw,
+// the last state of positive weight is.
 template <class Real>
-HMM_INLINE int64_t draw(const Real *weight, int64_t N, Real uniform, double *sums /* one a vector */) {
+HMM_INLINE int64_t draw_padded(const Real *weight, int64_t N, Real uniform, double *sums /* one a vector */) {
   constexpr int W = kLanes<Real>;
   const int64_t vectors = (N + W - 1) / W;
   double total = 0;
@@ -125,7 +141,7 @@ template <class Real> struct Walks {
         for (int64_t s = first; s < first + kWalks && s < samples; s++) {
           int64_t *const path = states + s * stride + t;
           weigh(t, t < q.length - 1 ? path[1] : 0);
-          path[0] = draw(weight, q.states, uniform[s * stride + t], sums);
+          path[0] = draw_padded(weight, q.states, uniform[s * stride + t], sums);
         }
   }
 };
