@@ -94,6 +94,10 @@ bool valid(const hmm_banded *p) {
   return p && valid(&p->chain) && p->diagonals >= 1 && p->offsets && (!p->chain.batch || !p->chain.time || p->chain.emission);
 }
 
+bool valid(const hmm_low_rank *p) {
+  return p && valid(&p->chain) && p->rank >= 1 && (!p->chain.batch || (p->shift && (!p->chain.time || p->chain.emission)));
+}
+
 size_t edge_numbers(const hmm_problem &p) {
   const size_t arcs = size_t(p.states) * size_t(p.states);
   if (p.time_varying) return p.time > 1 ? size_t(p.batch) * size_t(p.time - 1) * arcs : 0;
@@ -240,6 +244,25 @@ template <class Problem, class Body> int guarded(const Problem *p, Body body) {
     });                                                                                                                 \
   }
 
+#define HMM_DEFINE_LOW_RANK(suffix, Real)                                                                               \
+  int hmm_low_rank_forward_##suffix(const hmm_low_rank *p, double *log_partition, Real *alpha, Real *half,              \
+                                    int32_t *method) {                                                                  \
+    return guarded(p, [&] {                                                                                             \
+      advise_huge_pages(alpha, size_t(p->chain.batch) * p->chain.time * p->chain.states * sizeof(Real));                \
+      return chosen().suffix.low_rank.forward(*p, by_falling_length(p->chain).data(), parallel, log_partition, alpha,   \
+                                              half, method);                                                            \
+    });                                                                                                                 \
+  }                                                                                                                     \
+  int hmm_low_rank_backward_##suffix(const hmm_low_rank *p, const Real *grad, const Real *alpha, const int32_t *method, \
+                                     Real *state, Real *classes, Real *leaving) {                                       \
+    return guarded(p, [&] {                                                                                             \
+      for (Real *x : {state, leaving})                                                                                  \
+        advise_huge_pages(x, size_t(p->chain.batch) * p->chain.time * p->chain.states * sizeof(Real));                  \
+      return chosen().suffix.low_rank.backward(*p, by_falling_length(p->chain).data(), parallel, grad, alpha, method,   \
+                                               state, classes, leaving);                                                \
+    });                                                                                                                 \
+  }
+
 extern "C" {
 HMM_DEFINE(f32, float)
 HMM_DEFINE(f64, double)
@@ -249,6 +272,8 @@ HMM_DEFINE_ACTIVE(f32, float)
 HMM_DEFINE_ACTIVE(f64, double)
 HMM_DEFINE_BANDED(f32, float)
 HMM_DEFINE_BANDED(f64, double)
+HMM_DEFINE_LOW_RANK(f32, float)
+HMM_DEFINE_LOW_RANK(f64, double)
 
 int hmm_abi_version(void) { return HMM_ABI_VERSION; }
 

@@ -4,6 +4,8 @@
 
 #include "active_kernels.h"
 #include "banded.h"
+#include "grouping.h"
+#include "low_rank.h"
 #include "parallel.h"
 #include "redo.h"
 #include "sampling.h"
@@ -13,49 +15,6 @@
 #include "viterbi.h"
 
 namespace {
-
-// How sequences (in the order of falling length) share the steps of a product and the threads. Groups of up to 8 go
-// through a step together: full groups, then what is left in powers of two, so that few rows of a product are idle. Where
-// there are fewer full groups than threads, time is halved before groups are: two threads walk the same group from both
-// ends, and the product keeps its rows (at N = 512 the packed arcs stream from the second cache once a step; for 4 rows
-// instead of 8 that is most of the time).
-struct Grouping {
-  const int64_t *order, *lengths;
-  int64_t batch;
-  int most;     // sequences in a group
-  int halves;   // 2: from both ends
-  int workers;  // shares of the work
-
-  Grouping(const hmm_problem &p, const int64_t *sorted, bool shared, bool both_ends)
-      : order(sorted), lengths(p.lengths), batch(p.batch), halves(both_ends ? 2 : 1) {
-    const int64_t threads = p.threads / halves > 1 ? p.threads / halves : 1, share = (batch + threads - 1) / threads;
-    most = !shared ? 1 : share >= 7 ? 8 : share >= 3 ? 4 : share >= 2 ? 2 : 1;
-    int64_t groups = 0;
-    for (int64_t at = 0; at < batch; groups++) at += group(at).size;
-    const int64_t items = p.time_varying || !shared ? batch : groups * halves;
-    workers = int(items < p.threads ? items : p.threads);
-  }
-  // The group from position `at` on.
-  Group group(int64_t at) const {
-    const int64_t left = batch - at;
-    int64_t size = most;
-    while (size > 1 && left < size - (size > 2)) size /= 2;
-    Group g;
-    for (int64_t m = 0; m < (left < size ? left : size); m++) g.add(order[at + m], 0, lengths[order[at + m]], false);
-    return g;
-  }
-  // body(group of whole sequences, its number, half) for each share of this worker's, until it returns false.
-  template <class Body> bool share(int worker, Body body) const {
-    int64_t at = 0, item = 0;
-    for (int64_t k = 0; at < batch; k++) {
-      const Group whole = group(at);
-      at += whole.size;
-      for (int h = 0; h < halves; h++)
-        if (item++ % workers == worker && !body(whole, k, h)) return false;
-    }
-    return true;
-  }
-};
 
 // What the halves of a group end with, and how many of them have.
 struct Meeting {
@@ -431,7 +390,8 @@ int sample(const hmm_problem &p, Parallel parallel, int64_t samples, const Real 
 template <class Real>
 constexpr Kernels<Real> table() {
   return {forward<Real>, backward<Real>, viterbi<Real>, topk<Real>, sample<Real>, tangent<Real>,
-          {banded_forward<Real>, banded_backward<Real>, banded_viterbi<Real>, banded_sample<Real>}};
+          {banded_forward<Real>, banded_backward<Real>, banded_viterbi<Real>, banded_sample<Real>},
+          {low_rank_forward<Real>, low_rank_backward<Real>}};
 }
 
 }  // namespace

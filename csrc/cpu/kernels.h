@@ -14,6 +14,13 @@ template <class Real> struct BandedKernels {
                 const Real *uniform, int64_t *states);
 };
 
+template <class Real> struct LowRankKernels {
+  int (*forward)(const hmm_low_rank &, const int64_t *order, Parallel, double *log_partition, Real *alpha, Real *half,
+                 int32_t *method);
+  int (*backward)(const hmm_low_rank &, const int64_t *order, Parallel, const Real *grad, const Real *alpha,
+                  const int32_t *method, Real *state, Real *classes, Real *leaving);
+};
+
 template <class Real> struct Kernels {
   int (*forward)(const hmm_problem &, const int64_t *order, Parallel, Real *log_partition, Real *alpha, Real *norm, Real *centre,
                  int32_t *method);
@@ -26,6 +33,7 @@ template <class Real> struct Kernels {
   int (*tangent)(const hmm_problem &, Parallel, const Real *grad, const Real *direction_state, const Real *direction_edge,
                  Real *expected, Real *state, Real *edge);
   BandedKernels<Real> banded;
+  LowRankKernels<Real> low_rank;
 };
 
 template <class Real> struct SemiMarkovKernels {

@@ -106,8 +106,8 @@ template <class Real> HMM_INLINE void multiply_weights(Real *w, const Real *f, i
 
 // The weights of frame t of one sequence, final scores included; returns what was taken out of the log partition.
 // `centre` remembers the frame's maximum between the forward pass, which finds it, and the backward one.
-template <bool Find, class Real>
-HMM_INLINE double weigh(const Sequence<Real> &q, const Arcs<Real> &arcs, int64_t t, Real &centre, Real *w, Real *spare) {
+template <bool Find, class Real, class Chain>
+HMM_INLINE double weigh(const Sequence<Real> &q, const Chain &arcs, int64_t t, Real &centre, Real *w, Real *spare) {
   const Real *emission = q.emission ? q.frame(t) : nullptr, *shift = t ? arcs.shift.data : nullptr;
   if (Find) centre = frame_top<Real>(emission, shift, q.states);
   frame_weights<Real>(emission, shift, arcs.wide, centre, q.states, w);
@@ -131,23 +131,24 @@ constexpr int64_t kAhead = 3;  // frames
 
 // Is some suspect state of these columns reachable? See (entrywise) in scaled_arcs.h.
 template <class Real>
-HMM_APART bool reachable(Int<Real> suspect, const Real *previous, const Real *packed, int64_t N) {
+HMM_APART bool reachable(Int<Real> suspect, const Real *previous, const Real *packed, int64_t depth) {
   Int<Real> reached = {};
-  for (int64_t i = 0; i < N; i++)
+  for (int64_t i = 0; i < depth; i++)
     if (previous[i] > 0) reached |= load(packed + i * kPanel<Real>) > Real(0);
   return any<Real>(suspect & reached);
 }
 
-// out[m] = (previous[m] A) * w[m] for the columns from j0, B vectors of them, A being what the panels hold; adds to sum, flags where (entrywise) fails.
+// out[m] = (previous[m] A) * w[m] for the columns from j0, B vectors of them, A being what the panels hold; adds to sum,
+// flags where (entrywise) fails, unless the chain is mixing.
 template <int M, int B, class Real>
-HMM_INLINE void forward_columns(const Arcs<Real> &arcs, const Real *panels, int64_t j0, const Real *const *previous,
+HMM_INLINE void forward_columns(const Panels<Real> &panels, bool mixing, int64_t j0, const Real *const *previous,
                                 const Real *const *w, Real *const *out, Vec<Real> *sum, bool *flag) {
-  constexpr int P = kPanel<Real>, W = kLanes<Real>;
-  const int64_t N = arcs.N;
+  constexpr int W = kLanes<Real>;
+  const int64_t N = panels.columns;
   const Real smallest = std::ldexp(Real(1), Range<Real>::kEntryBits);
-  const Real *packed = panels + j0 / P * P * N + j0 % P;
+  const Real *packed = panels.from(j0);
   Vec<Real> acc[M][B];
-  product<M, B, Real>(previous, packed, N, acc);
+  product<M, B, Real>(previous, packed, panels.depth, acc);
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 16
@@ -156,21 +157,21 @@ HMM_INLINE void forward_columns(const Arcs<Real> &arcs, const Real *panels, int6
       const Vec<Real> weight = load(w[m] + j), a = acc[m][v] * weight;
       sum[m] += a;
       store_part(out[m] + j, N - j, a);
-      if (arcs.mixing || flag[m]) continue;
+      if (mixing || flag[m]) continue;
       const Int<Real> suspect = (a < smallest) & (weight > Real(0));
-      if (any<Real>(suspect)) flag[m] = reachable<Real>(suspect, previous[m], packed + v * W, N);
+      if (any<Real>(suspect)) flag[m] = reachable<Real>(suspect, previous[m], packed + v * W, panels.depth);
     }
 }
 
 template <int M, class Real>
-void forward_step(const Arcs<Real> &arcs, const Real *panels, const Real *const *previous, const Real *const *w,
+void forward_step(const Panels<Real> &panels, bool mixing, const Real *const *previous, const Real *const *w,
                   Real *const *out, double *total, bool *flag) {
   constexpr int W = kLanes<Real>, B = M > 4 ? kPanelVectors / 2 : kPanelVectors;
   Vec<Real> sum[M];
   for (int m = 0; m < M; m++) sum[m] = Vec<Real>{};
   int64_t j = 0;
-  for (; arcs.N - j > (B - 1) * W; j += B * W) forward_columns<M, B>(arcs, panels, j, previous, w, out, sum, flag);
-  for (; j < arcs.N; j += W) forward_columns<M, 1>(arcs, panels, j, previous, w, out, sum, flag);
+  for (; panels.columns - j > (B - 1) * W; j += B * W) forward_columns<M, B>(panels, mixing, j, previous, w, out, sum, flag);
+  for (; j < panels.columns; j += W) forward_columns<M, 1>(panels, mixing, j, previous, w, out, sum, flag);
   for (int m = 0; m < M; m++) total[m] = double(sum_of<Real>(sum[m]));
 }
 
@@ -179,7 +180,7 @@ constexpr int kGroupRows = 2 * kGroup + 3;
 
 // a_0, or from the end b_{L-1}: 2^30 exp(initial) * w, or 2^30 w.
 template <class Real>
-HMM_INLINE void first_message(const Sequence<Real> &q, const Arcs<Real> &arcs, bool from_end, const Real *w, Real *spare,
+HMM_INLINE void first_message(const Sequence<Real> &q, bool mixing, bool from_end, const Real *w, Real *spare,
                               Real *out, double &total, double &taken, bool &flag) {
   const Real top = std::ldexp(Real(1), kTopBits), smallest = std::ldexp(Real(1), Range<Real>::kEntryBits);
   const Real *scores = from_end ? nullptr : q.initial;
@@ -190,7 +191,7 @@ HMM_INLINE void first_message(const Sequence<Real> &q, const Arcs<Real> &arcs, b
   for (int64_t j = 0; j < q.states; j++) {
     out[j] = spare[j] * top * w[j];
     total += double(out[j]);
-    flag |= !arcs.mixing && out[j] < smallest && spare[j] > 0 && w[j] > 0;
+    flag |= !mixing && out[j] < smallest && spare[j] > 0 && w[j] > 0;
   }
 }
 
@@ -210,7 +211,8 @@ template <class Real>
 void forward_group(const hmm_problem &p, const Arcs<Real> &arcs, const Group &group, Real *scratch, Real *alpha,
                    Real *centre, Ends &ends) {
   const int64_t N = p.states, padded = arcs.padded, longest = group.size ? group.length[0] : 0, stride = group.step * N;
-  const Real *panels = arcs.along(group.step), *previous[kGroup], *w[kGroup];
+  const Panels<Real> panels = arcs.panels(group.step);
+  const Real *previous[kGroup], *w[kGroup];
   Real *weights = scratch, *idle = scratch + kGroup * padded, *spare = idle + padded, *zeros = spare + padded;
   Real *out[kGroup], *own[kGroup];  // own: where a sequence's message of this step goes
   double total[kGroup];
@@ -237,11 +239,11 @@ void forward_group(const hmm_problem &p, const Arcs<Real> &arcs, const Group &gr
       }
       const Sequence<Real> q(p, group.index[m]);
       ends.taken[m] += weigh<true>(q, arcs, frame, centre[row], weights + m * padded, spare);
-      if (t == 0) first_message<Real>(q, arcs, group.step < 0, w[m], spare, out[m], total[m], ends.taken[m], flag[m]);
+      if (t == 0) first_message<Real>(q, arcs.mixing, group.step < 0, w[m], spare, out[m], total[m], ends.taken[m], flag[m]);
     }
     if (t > 0)
       for_rows(running, [&](auto width) {
-        forward_step<decltype(width)::value, Real>(arcs, panels, previous, w, out, total, flag);
+        forward_step<decltype(width)::value, Real>(panels, arcs.mixing, previous, w, out, total, flag);
       });
     for (int m = 0; m < running; m++) {
       if (!(total[m] >= arcs.least_sum)) flag[m] = true;  // infeasible, lost or NaN: redo.h tells which
@@ -255,20 +257,20 @@ void forward_group(const hmm_problem &p, const Arcs<Real> &arcs, const Group &gr
 
 // out[m] = A u[m] for M sequences; the panels hold A transposed.
 template <int M, class Real>
-HMM_APART void backward_step(const Arcs<Real> &arcs, const Real *panels, const Real *const *u, Real *const *out) {
-  constexpr int P = kPanel<Real>, W = kLanes<Real>, B = M > 4 ? kPanelVectors / 2 : kPanelVectors;
+HMM_APART void backward_step(const Panels<Real> &panels, const Real *const *u, Real *const *out) {
+  constexpr int W = kLanes<Real>, B = M > 4 ? kPanelVectors / 2 : kPanelVectors;
   auto columns = [&](auto width, int64_t i0) {
     constexpr int b = decltype(width)::value;
     Vec<Real> acc[M][b];
-    product<M, b, Real>(u, panels + i0 / P * P * arcs.N + i0 % P, arcs.N, acc);
+    product<M, b, Real>(u, panels.from(i0), panels.depth, acc);
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 16
       for (int v = 0; v < b; v++) store(out[m] + i0 + v * W, acc[m][v]);
   };
   int64_t i = 0;
-  for (; arcs.N - i > (B - 1) * W; i += B * W) columns(Width<B>{}, i);
-  for (; i < arcs.N; i += W) columns(Width<1>{}, i);
+  for (; panels.columns - i > (B - 1) * W; i += B * W) columns(Width<B>{}, i);
+  for (; i < panels.columns; i += W) columns(Width<1>{}, i);
 }
 
 // G = sum a b over the states that can be reached; b of the others becomes 0, whatever it overflowed to.
@@ -310,7 +312,7 @@ void join_halves(const hmm_problem &p, const Arcs<Real> &arcs, const Group &whol
     u[m] = alpha + (whole.index[n] * p.time + meeting(whole.length[n])) * N;
     out[m] = scratch + m * padded;
   }
-  for_rows(halved, [&](auto width) { backward_step<decltype(width)::value, Real>(arcs, arcs.along(-1), u, out); });
+  for_rows(halved, [&](auto width) { backward_step<decltype(width)::value, Real>(arcs.panels(-1), u, out); });
   const double least = std::exp2(kLeastJoinedBits<Real> + 2 * std::log2(double(N)));
   for (int m = 0; m < halved; m++) {
     first.total[m] = double(posterior_mass(u[m] - N, out[m], N));
@@ -323,7 +325,7 @@ template <class Real>
 void backward_group(const hmm_problem &p, const Arcs<Real> &arcs, const Group &group, Real *scratch, const Real *grad,
                     const Real *alpha, const Real *centre, Real *state, Counts<Real> *counts) {
   const int64_t N = p.states, padded = arcs.padded, longest = group.size ? group.length[0] : 0;
-  const Real *panels = arcs.along(-group.step);
+  const Panels<Real> panels = arcs.panels(-group.step);
   // `next` holds w * b of the step after; the idle rows of a step go to `idle`.
   Real *next = scratch, *beta = next + kGroup * padded, *spare = beta + kGroup * padded, *w = spare + padded, *idle = w + padded;
   for (int64_t t = longest - 1; t >= 0; t--) {
@@ -337,7 +339,7 @@ void backward_group(const hmm_problem &p, const Arcs<Real> &arcs, const Group &g
         std::memcpy(next + m * padded, alpha + (group.index[m] * p.time + group.frame(m, t + 1)) * N, N * sizeof(Real));
     }
     if (entered)
-      for_rows(entered, [&](auto width) { backward_step<decltype(width)::value, Real>(arcs, panels, u, out); });
+      for_rows(entered, [&](auto width) { backward_step<decltype(width)::value, Real>(panels, u, out); });
     for (int m = 0; m < running; m++) {
       const int64_t b = group.index[m], frame = group.frame(m, t), row = b * p.time + frame;
       const Real *a = alpha + row * N;

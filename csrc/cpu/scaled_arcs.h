@@ -75,6 +75,13 @@ template <int B> struct Width {
   static constexpr int value = B;
 };
 
+// A matrix (depth, columns) as panels of packed columns.
+template <class Real> struct Panels {
+  const Real *data;
+  int64_t depth, columns;
+  const Real *from(int64_t j) const { return data + j / kPanel<Real> * kPanel<Real> * depth + j % kPanel<Real>; }
+};
+
 // acc[m][v] = sum_k x[m][k] packed[k][v], for B vectors of one panel of packed columns. A fused product takes four cycles
 // and two can begin in each: where M B is less than 8, that many sums over every D-th k run side by side.
 template <int M, int B, class Real>
@@ -169,6 +176,7 @@ template <class Real> struct Arcs {
   bool allocated() const { return forward.data && backward.data && shift.data; }
   // The panels that lead a message on: with the arcs (step 1) or against them (-1).
   const Real *along(int step) const { return step > 0 ? forward : backward; }
+  Panels<Real> panels(int step) const { return {along(step), N, N}; }
 
  private:
   // Squares of vectors, so that every line of memory is met once.

@@ -198,6 +198,31 @@ HMM_API int hmm_banded_sample_f32(const hmm_banded *, int64_t samples, const flo
 HMM_API int hmm_banded_sample_f64(const hmm_banded *, int64_t samples, const double *log_partition, const double *alpha,
                                   const double *uniform, int64_t *states);
 
+/* Chains through two factors, by scaled probabilities (csrc/cpu/low_rank.h). An arc's probability is
+ * sum_r L(i, r) R(r, j), all of them at most 1, times exp(c_j), which is left to the emissions. */
+typedef struct hmm_low_rank {
+  hmm_problem chain; /* transition (B, 2 R, N): probabilities, R rows of L transposed, then those of R; the stride between
+                      * sequences may be 0. emission is not NULL; time_varying and both_ends are not read */
+  int64_t rank;      /* R, at least 1 */
+  const void *shift; /* (B, N): what is added to emissions from frame 1 on; 0 is their maximum */
+  int64_t shift_batch_stride;
+  double least;      /* a sequence whose scaled sum falls below this is lost */
+  int32_t mixing;    /* 1: that is all that is asked; 0: no entry that can be reached may be lost, either */
+  int32_t wide;      /* 1: shifts may cancel emissions; their sums' rounding is made good */
+} hmm_low_rank;
+
+/* Forward sweep: log_partition (B,), alpha (B, T, N): messages, half (B, T, R): those of the classes between frame t-1 and
+ * t, method (B,): HMM_SCALED, or HMM_REDONE for a sequence that was lost: its outputs are 0. All 0 past the end.
+ * Backward sweep, from these: state (B, T, N): grad[b] p(z_t | x). classes (B, T, R) and leaving (B, T, N), NULL to skip:
+ * L(i, r) sum_t alpha[t, i] classes[t, r] are the uses of L, R(r, j) sum_t half[t, r] leaving[t, j] those of R. All 0 past
+ * the end, where method is not HMM_SCALED, and where grad is 0. */
+HMM_API int hmm_low_rank_forward_f32(const hmm_low_rank *, double *log_partition, float *alpha, float *half, int32_t *method);
+HMM_API int hmm_low_rank_forward_f64(const hmm_low_rank *, double *log_partition, double *alpha, double *half, int32_t *method);
+HMM_API int hmm_low_rank_backward_f32(const hmm_low_rank *, const float *grad, const float *alpha, const int32_t *method,
+                                      float *state, float *classes, float *leaving);
+HMM_API int hmm_low_rank_backward_f64(const hmm_low_rank *, const double *grad, const double *alpha, const int32_t *method,
+                                      double *state, double *classes, double *leaving);
+
 HMM_API int hmm_abi_version(void);
 HMM_API const char *hmm_instruction_set(void);    /* "avx512", "avx2" or "portable": what the running CPU got */
 HMM_API const char *hmm_status_message(int status);

@@ -53,6 +53,20 @@ class BandedProblem(ctypes.Structure):
     _fields_ = [("chain", Problem), ("diagonals", ctypes.c_int64), ("offsets", ctypes.POINTER(ctypes.c_int64))]
 
 
+class LowRankProblem(ctypes.Structure):
+    """``struct hmm_low_rank``."""
+
+    _fields_ = [
+        ("chain", Problem),
+        ("rank", ctypes.c_int64),
+        ("shift", ctypes.c_void_p),
+        ("shift_batch_stride", ctypes.c_int64),
+        ("least", ctypes.c_double),
+        ("mixing", ctypes.c_int32),
+        ("wide", ctypes.c_int32),
+    ]
+
+
 class Library(NamedTuple):
     """The loaded library and where it came from; or None and why it did not load."""
 
@@ -86,6 +100,8 @@ def _declare(handle: ctypes.CDLL) -> None:
     declared = {name: [problem, *types] for name, types in arguments.items()}
     declared |= {f"active_{name}": [pointer, *types] for name, types in active.items()}
     declared |= {f"banded_{name}": [ctypes.POINTER(BandedProblem), *types] for name, types in banded.items()}
+    low_rank = {"forward": [pointer] * 4, "backward": [pointer] * 6}
+    declared |= {f"low_rank_{name}": [ctypes.POINTER(LowRankProblem), *types] for name, types in low_rank.items()}
     for name, types in declared.items():
         for suffix in ("f32", "f64"):
             getattr(handle, f"hmm_{name}_{suffix}").argtypes = types

@@ -1,10 +1,10 @@
 """Chains whose transition is a product of two factors: through R hidden classes, 2 N R a frame, never an (N, N).
 
-Factors that are shared over time run by scaled probabilities (:mod:`low_rank_ops`). Those that vary over time, second
-derivatives and the reference backend go through the reference, half a step at a time: B N R of memory a frame, and
-B T N R under autograd. What needs scores of single arcs takes the dense (N, N) scores: Viterbi (an arc's score is a sum
-over classes, of which no maximum can be taken first), samples, :meth:`HMM.topk`, edge marginals, transition counts and
-entropies.
+Factors that are shared over time run by scaled probabilities, natively where the library serves (:mod:`low_rank_ops`).
+Those that vary over time, second derivatives and the reference backend go through the reference, half a step at a
+time: B N R of memory a frame, and B T N R under autograd. What needs scores of single arcs takes the dense (N, N)
+scores: Viterbi (an arc's score is a sum over classes, of which no maximum can be taken first), samples,
+:meth:`HMM.topk`, edge marginals, transition counts and entropies.
 """
 
 from __future__ import annotations

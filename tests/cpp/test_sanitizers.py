@@ -12,7 +12,7 @@ FLAGS = {"address": "-fsanitize=address,undefined -fno-sanitize-recover=all", "t
 
 
 PROGRAMS = ("exercise", "exercise_best_paths", "exercise_halves", "exercise_semi_markov", "exercise_active",
-            "exercise_banded")  # fmt: skip
+            "exercise_banded", "exercise_low_rank")  # fmt: skip
 
 
 def built(folder, sanitizer):

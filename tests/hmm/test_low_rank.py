@@ -4,13 +4,15 @@ Enumeration, the dense chain's gradients and second derivatives are in test_stru
 """
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hmm_speech.hmm import HMM, LowRank, backend, use_backend
+from hmm_speech.hmm import HMM, LowRank, backend, library, low_rank_ops, low_rank_sweeps, use_backend
 from hmm_speech.hmm.structures import log_product
 from tests.hmm.problems import INF, problem
 
@@ -200,6 +202,68 @@ def test_operators_are_registered_as_torch_expects(kind, dtype):
     messages = ops.low_rank_forward(*scores)
     for edges in (True, False):
         torch.library.opcheck(ops.low_rank_backward.default, (torch.ones(3, dtype=dtype), *scores, *messages, edges))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("forbidden", [0.0, 0.3])
+@pytest.mark.parametrize("gap", [1.0, 300.0])
+def test_sweeps_without_the_library_give_the_same(monkeypatch, kind, forbidden, gap):
+    arguments = low_rank(5, 12, 20, 3, kind, 4, forbidden=forbidden)
+    arguments["emission"] = arguments["emission"] * gap
+    grad = torch.tensor([1.0, 0.0, -2.0, 0.5, 3.0])
+    expected = solve(arguments, grad)
+    monkeypatch.setattr(library, "use_native", lambda device_type: False)
+    z, state, found = solve(arguments, grad)
+    torch.testing.assert_close((z, state), expected[:2], rtol=2e-6, atol=1e-5)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[2][name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sweep", ["native", "torch"])
+def test_messages_and_certificate_of_both_sweeps(sweep):
+    """u_t from a_{t-1}, and a_t from u_t up to scale, wherever the messages came from."""
+    arguments = low_rank(3, 6, 20, 5, seed=2, dtype=torch.float64, lengths="full", final=False)
+    transition, emission = arguments["transition"], arguments["emission"]
+    made = low_rank_ops.Factors(torch.cat([transition.left.T, transition.right]), 6)
+    forward = low_rank_ops._native_forward if sweep == "native" else low_rank_sweeps.forward
+    _, alpha, half, method = forward(made, arguments["initial"], emission, torch.tensor([6, 0, 4]), None)
+    assert method.tolist() == [0, 0, 0] and (alpha[1] == 0).all() and (alpha[2, 4:] == 0).all()
+    torch.testing.assert_close(half[0, 1:], alpha[0, :-1] @ made.left)
+    expected = (half[0, 1:] @ made.right) * (emission[0, 1:] + made.shift).exp()
+    torch.testing.assert_close(
+        alpha[0, 1:] / alpha[0, 1:].sum(-1, keepdim=True), expected / expected.sum(-1, keepdim=True)
+    )
+
+
+def test_two_threads_give_the_same_bits_every_time():
+    arguments = low_rank(9, 40, 50, 7, seed=5)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first = solve(arguments, torch.ones(9))
+        for _ in range(5):
+            z, state, found = solve(arguments, torch.ones(9))
+            assert torch.equal(z, first[0]) and torch.equal(state, first[1])
+            assert all(torch.equal(x, first[2][name]) for name, x in found.items())
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_no_arc_matrix_is_formed():
+    """N = 20000 would take 1.6 GB for one (N, N); all of this takes less than 400 MB beyond what the import does."""
+    program = """
+import resource, torch
+from hmm_speech.hmm import HMM, LowRank
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+scores = [torch.randn(*shape, requires_grad=True) for shape in ((20000, 4), (4, 20000), (2, 3, 20000))]
+before = peak()
+HMM(torch.zeros(20000), LowRank(*scores[:2]), scores[2]).log_partition().sum().backward()
+assert all(x.grad.isfinite().all() for x in scores)
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 400 << 20
 
 
 def test_compiles_without_a_graph_break():
