@@ -257,6 +257,8 @@ def through_reference(ctx, twin, upstream: tuple[Tensor, ...]) -> tuple[Tensor |
     with torch.enable_grad():
         tracked = [own(x) for x in ctx.saved_tensors]
         value = sum((x * g).sum() for x, g in zip(twin(*tracked), upstream, strict=True))
+        if not value.requires_grad:  # no frames: posteriors depend on nothing
+            return (None,) * len(needs)
         wanted = [k for k, x in enumerate(tracked) if x is not None and needs[k]]
         found = torch.autograd.grad(value, [tracked[k] for k in wanted], create_graph=higher, allow_unused=True)
     gradients: list[Tensor | None] = [None] * len(needs)
@@ -273,6 +275,11 @@ def own(x: Tensor | None) -> Tensor | None:
     return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
 
 
+def _zeros(x: Tensor) -> Tensor:
+    """Zeros for `x` that autograd knows, as it does every other result."""
+    return torch.where(torch.zeros((), dtype=torch.bool, device=x.device), x, 0)
+
+
 def posterior(
     grad, initial, transition, emission, lengths, final, edges: bool, step=reference.EVERY_ARC
 ) -> tuple[Tensor, Tensor]:
@@ -283,12 +290,12 @@ def posterior(
         initial, transition, emission, final = (own(x) for x in (initial, transition, emission, final))
         tracked = [emission, transition]
         if not emission.shape[1]:  # no frames: log Z depends on nothing
-            return torch.zeros_like(emission), torch.zeros_like(transition) if edges else transition.new_empty(0)
+            return _zeros(emission), _zeros(transition) if edges else transition.new_empty(0)
         z = reference.log_partition(initial, transition, emission, lengths, final, step)
         found = torch.autograd.grad(
             (z * grad).sum(), tracked if edges else tracked[:1], create_graph=True, allow_unused=True
         )
-    state, *edge = [torch.zeros_like(x) if g is None else g for g, x in zip(found, tracked, strict=False)]
+    state, *edge = [_zeros(x) if g is None else g for g, x in zip(found, tracked, strict=False)]
     return state, edge[0] if edge else transition.new_empty(0)
 
 

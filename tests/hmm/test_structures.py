@@ -212,3 +212,20 @@ def test_scores_computed_from_each_other(backend, kind):
     with use_backend(backend):
         close(marginals(table.requires_grad_()), expected)
         assert torch.autograd.gradcheck(marginals, (table,))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("transition", "emission"), [("dense", "dense"), *COMBINATIONS])
+@pytest.mark.parametrize("time", [0, 1])
+def test_gradients_of_next_to_nothing(backend, transition, emission, time):
+    """No frames, or none for some: zero gradients in place of errors."""
+    arguments, _ = structured(transition, emission, 2, time, 3, seed=2, lengths="full")
+    inputs = list(leaves(arguments).values())
+    with use_backend(backend):
+        hmm = HMM(**arguments)
+        for method in ("log_partition", "marginals", "transition_counts", "entropy"):
+            found = getattr(hmm, method)()
+            if transition == "chunked" and method == "transition_counts":
+                continue  # its function is not called at all, and the counts are constants
+            first = torch.autograd.grad(found.sum(), inputs, allow_unused=True)
+            assert all(g is None or (g.isfinite().all() and (time > 0 or not g.any())) for g in first)
