@@ -11,6 +11,10 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
+#include <pthread.h>
+#endif
 
 #include "kernels.h"
 
@@ -34,15 +38,36 @@ const InstructionSet &chosen() {
   return *set;
 }
 
-// Threads live for one call: starting one takes about 10 us, and nothing is left that a fork could break. Each share of the
-// work is claimed by whichever thread is free, so that a thread that the system starts late (torch's own threads spin for
-// milliseconds after their work) costs no more than its help. Who computes a share does not change its numbers.
+// libgomp's entry to a parallel region, which LLVM's and Intel's OpenMP have under the same name. This library links no OpenMP:
+// torch has brought one, and its idle threads spin for milliseconds after each of torch's own regions. Threads beside them
+// would wait for a core; asking those very threads costs a microsecond. 0 where the process has none, and after a fork, which
+// leaves a child a team without its threads.
+using Region = void (*)(void (*)(void *), void *, unsigned, unsigned);
+
+bool forked = false;
+
+Region torchs_region() {
+#if defined(__unix__) || defined(__APPLE__)
+  static const Region region = reinterpret_cast<Region>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  static const bool registered = [] { return !pthread_atfork(nullptr, nullptr, [] { forked = true; }); }();
+  return registered && !forked ? region : nullptr;
+#else
+  return nullptr;
+#endif
+}
+
+// Each share of the work is claimed by whichever thread is free, so that a thread that the system starts late costs no more
+// than its help, and a team that has fewer threads than asked for (a region within a region) does all of it. Who computes a
+// share does not change its numbers.
 void parallel(int workers, void (*body)(void *, int, int), void *context) {
   std::atomic<int> next{0};
-  const auto work = [&] {
+  auto work = [&] {
     for (int worker; (worker = next.fetch_add(1, std::memory_order_relaxed)) < workers;) body(context, worker, workers);
   };
-  std::vector<std::thread> others;
+  if (workers < 2) return work();
+  if (const Region region = torchs_region())
+    return region([](void *w) { (*static_cast<decltype(work) *>(w))(); }, &work, unsigned(workers), 0);
+  std::vector<std::thread> others;  // for one call: starting one takes about 10 us, and a fork finds none
   others.reserve(workers);
   try {
     for (int k = 1; k < workers; k++) others.emplace_back(work);
