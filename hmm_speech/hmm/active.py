@@ -196,7 +196,7 @@ def _call(name: str, scores: tuple, *arguments) -> None:
 def _forward(*problem):
     log_partition, alpha, method = _fake_forward(*problem)
     _call("forward", problem, log_partition, alpha, method)
-    library.count_redone(int(method.count_nonzero()))  # HMM_REDONE; HMM_SCALED is 0
+    library.count_redone(method.tolist().count(library.REDONE))
     return log_partition, alpha, method
 
 
