@@ -7,7 +7,7 @@
 namespace {
 
 template <class Real> struct Counts {
-  static constexpr int kRows = 8, kColumns = kPanelVectors / 2 * kLanes<Real>;  // of the register tile
+  static constexpr int kRows = 8, kColumns = kPanel<Real>;  // of the register tile
   static constexpr int kDepth = 256;                                           // frames a block
   const int64_t N, padded;
   const Real grad_scale;  // a power of two that brings the largest |grad| near 1, so that products stay in range

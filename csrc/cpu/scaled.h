@@ -134,7 +134,7 @@ template <class Real>
 HMM_APART bool reachable(Int<Real> suspect, const Real *previous, const Real *packed, int64_t depth) {
   Int<Real> reached = {};
   for (int64_t i = 0; i < depth; i++)
-    if (previous[i] > 0) reached |= load(packed + i * kPanel<Real>) > Real(0);
+    if (previous[i] > 0) reached |= packed_vector(packed, depth, i, 0) > Real(0);
   return any<Real>(suspect & reached);
 }
 
@@ -159,14 +159,14 @@ HMM_INLINE void forward_columns(const Panels<Real> &panels, bool mixing, int64_t
       store_part(out[m] + j, N - j, a);
       if (mixing || flag[m]) continue;
       const Int<Real> suspect = (a < smallest) & (weight > Real(0));
-      if (any<Real>(suspect)) flag[m] = reachable<Real>(suspect, previous[m], packed + v * W, panels.depth);
+      if (any<Real>(suspect)) flag[m] = reachable<Real>(suspect, previous[m], panels.from(j), panels.depth);
     }
 }
 
 template <int M, class Real>
 void forward_step(const Panels<Real> &panels, bool mixing, const Real *const *previous, const Real *const *w,
                   Real *const *out, double *total, bool *flag) {
-  constexpr int W = kLanes<Real>, B = M > 4 ? kPanelVectors / 2 : kPanelVectors;
+  constexpr int W = kLanes<Real>, B = kVectors<M>;
   Vec<Real> sum[M];
   for (int m = 0; m < M; m++) sum[m] = Vec<Real>{};
   int64_t j = 0;
@@ -258,7 +258,7 @@ void forward_group(const hmm_problem &p, const Arcs<Real> &arcs, const Group &gr
 // out[m] = A u[m] for M sequences; the panels hold A transposed.
 template <int M, class Real>
 HMM_APART void backward_step(const Panels<Real> &panels, const Real *const *u, Real *const *out) {
-  constexpr int W = kLanes<Real>, B = M > 4 ? kPanelVectors / 2 : kPanelVectors;
+  constexpr int W = kLanes<Real>, B = kVectors<M>;
   auto columns = [&](auto width, int64_t i0) {
     constexpr int b = decltype(width)::value;
     Vec<Real> acc[M][b];

@@ -64,11 +64,15 @@ constexpr int kTopBits = 30, kLowestTopBits = 18;
 // Halves must meet in 2^-65 N^2 (float): see (joined).
 template <class Real> constexpr int kLeastJoinedBits = Range<Real>::kSmallestBits + kTopBits + 1 + Range<Real>::kPrecision + 6;
 
+// A panel of packed columns is as wide as a product of 8 rows takes: 16 accumulators of 32 registers, 8 of 16. Products of
+// fewer rows read two panels side by side. (In panels of twice the width, 8 rows read every other line: at N = 2048, where a
+// panel leaves the second cache before its other half is read, that took 1.5 times as long.)
 #if defined(__AVX512F__)
-constexpr int kPanelVectors = 4;  // a panel of packed columns; 32 registers: up to 16 accumulators
-#else
 constexpr int kPanelVectors = 2;
+#else
+constexpr int kPanelVectors = 1;
 #endif
+template <int M> constexpr int kVectors = M > 4 ? kPanelVectors : 2 * kPanelVectors;  // of columns, beside M rows
 template <class Real> constexpr int kPanel = kPanelVectors * kLanes<Real>;
 
 template <int B> struct Width {
@@ -82,7 +86,12 @@ template <class Real> struct Panels {
   const Real *from(int64_t j) const { return data + j / kPanel<Real> * kPanel<Real> * depth + j % kPanel<Real>; }
 };
 
-// acc[m][v] = sum_k x[m][k] packed[k][v], for B vectors of one panel of packed columns. A fused product takes four cycles
+// The v-th vector of columns of row k, from column vector `packed` of a panel of K rows on.
+template <class Real> HMM_INLINE Vec<Real> packed_vector(const Real *packed, int64_t K, int64_t k, int v) {
+  return load(packed + (v / kPanelVectors * K + k) * kPanel<Real> + v % kPanelVectors * kLanes<Real>);
+}
+
+// acc[m][v] = sum_k x[m][k] packed[k][v], for B vectors of packed columns. A fused product takes four cycles
 // and two can begin in each: where M B is less than 8, that many sums over every D-th k run side by side.
 template <int M, int B, class Real>
 HMM_INLINE void product(const Real *const *x, const Real *packed, int64_t K, Vec<Real> (&acc)[M][B]) {
@@ -100,7 +109,7 @@ HMM_INLINE void product(const Real *const *x, const Real *packed, int64_t K, Vec
   const auto add = [&](int64_t k, Vec<Real>(&sum)[M][B]) __attribute__((always_inline)) {
     Vec<Real> a[B];
 #pragma GCC unroll 16
-    for (int v = 0; v < B; v++) a[v] = load(packed + k * kPanel<Real> + v * kLanes<Real>);
+    for (int v = 0; v < B; v++) a[v] = packed_vector(packed, K, k, v);
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
       const Vec<Real> s = splat(row[m][k]);

@@ -22,7 +22,7 @@
 
 namespace {
 
-// acc[m][v] = max_k (x[m][k] + packed[k][v]), for B vectors of one panel of packed columns.
+// acc[m][v] = max_k (x[m][k] + packed[k][v]), for B vectors of packed columns.
 template <int M, int B, class Real>
 HMM_INLINE void max_product(const Real *const *x, const Real *packed, int64_t K, Vec<Real> (&acc)[M][B]) {
 #pragma GCC unroll 16
@@ -35,7 +35,7 @@ HMM_INLINE void max_product(const Real *const *x, const Real *packed, int64_t K,
   for (int64_t k = 0; k < K; k++) {
     Vec<Real> a[B];
 #pragma GCC unroll 16
-    for (int v = 0; v < B; v++) a[v] = load(packed + k * kPanel<Real> + v * kLanes<Real>);
+    for (int v = 0; v < B; v++) a[v] = packed_vector(packed, K, k, v);
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
       const Vec<Real> s = splat(row[m][k]);
@@ -48,7 +48,7 @@ HMM_INLINE void max_product(const Real *const *x, const Real *packed, int64_t K,
 // out[m](j) = max_i (previous[m](i) + phi(i, j)) for M sequences.
 template <int M, class Real>
 void max_step(const MaxArcs<Real> &arcs, const Real *const *previous, Real *const *out) {
-  constexpr int P = kPanel<Real>, W = kLanes<Real>, B = M > 4 ? kPanelVectors / 2 : kPanelVectors;
+  constexpr int P = kPanel<Real>, W = kLanes<Real>, B = kVectors<M>;
   auto columns = [&](auto width, int64_t j0) {
     constexpr int b = decltype(width)::value;
     Vec<Real> acc[M][b];
