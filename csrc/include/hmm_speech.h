@@ -21,7 +21,8 @@
 extern "C" {
 #endif
 
-enum hmm_status { HMM_OK = 0, HMM_INVALID_ARGUMENT = 1, HMM_OUT_OF_MEMORY = 2 };
+/* From HMM_CUDA_ERROR on: HMM_CUDA_ERROR + the code of an error of CUDA. */
+enum hmm_status { HMM_OK = 0, HMM_INVALID_ARGUMENT = 1, HMM_OUT_OF_MEMORY = 2, HMM_CUDA_ERROR = 1000 };
 
 /* How a sequence was computed: by scaled probabilities, certified exact; again in float64, since they could not be
  * certified (csrc/cpu/scaled_arcs.h, redo.h); in log space, as time-varying transitions are; or by scaled probabilities
@@ -222,6 +223,33 @@ HMM_API int hmm_low_rank_backward_f32(const hmm_low_rank *, const float *grad, c
                                       float *state, float *classes, float *leaving);
 HMM_API int hmm_low_rank_backward_f64(const hmm_low_rank *, const double *grad, const double *alpha, const int32_t *method,
                                       double *state, double *classes, double *leaving);
+
+/* The same on a GPU, in libraries that were built with nvcc only: the pointers are to memory of the current device, also
+ * `lengths`; work is put on `stream` (a cudaStream_t) and not waited for, so that values of lengths are not checked.
+ * N is at most HMM_CUDA_MOST_STATES. alpha, norm and centre are as above, but norm (B, T, N) is always needed: method is
+ * HMM_SCALED, or HMM_LOG_SPACE also for sequences of a shared transition that could not be certified. transition_time_stride
+ * is 0 where time_varying is, threads and both_ends are not looked at. `workspace` is hmm_cuda_workspace() bytes, from
+ * whose start on nothing is kept between calls. */
+#define HMM_CUDA_MOST_STATES 4096
+enum hmm_cuda_pass { HMM_CUDA_FORWARD = 0, HMM_CUDA_BACKWARD = 1 };
+HMM_API int64_t hmm_cuda_workspace(const hmm_problem *, int32_t real_bytes, int32_t pass);
+HMM_API int hmm_cuda_forward_f32(const hmm_problem *, float *log_partition, float *alpha, float *norm, float *centre,
+                                 int32_t *method, void *workspace, void *stream);
+HMM_API int hmm_cuda_forward_f64(const hmm_problem *, double *log_partition, double *alpha, double *norm, double *centre,
+                                 int32_t *method, void *workspace, void *stream);
+HMM_API int hmm_cuda_backward_f32(const hmm_problem *, const float *grad, const float *log_partition, const float *alpha,
+                                  const float *norm, const float *centre, const int32_t *method, float *state, float *edge,
+                                  void *workspace, void *stream);
+HMM_API int hmm_cuda_backward_f64(const hmm_problem *, const double *grad, const double *log_partition, const double *alpha,
+                                  const double *norm, const double *centre, const int32_t *method, double *state,
+                                  double *edge, void *workspace, void *stream);
+/* pointers: (B, T, N) int16, workspace. */
+HMM_API int hmm_cuda_viterbi_f32(const hmm_problem *, float *score, int16_t *pointers, int64_t *states, void *stream);
+HMM_API int hmm_cuda_viterbi_f64(const hmm_problem *, double *score, int16_t *pointers, int64_t *states, void *stream);
+HMM_API int hmm_cuda_sample_f32(const hmm_problem *, int64_t samples, const float *log_partition, const float *alpha,
+                                const int32_t *method, const float *uniform, int64_t *states, void *stream);
+HMM_API int hmm_cuda_sample_f64(const hmm_problem *, int64_t samples, const double *log_partition, const double *alpha,
+                                const int32_t *method, const double *uniform, int64_t *states, void *stream);
 
 HMM_API int hmm_abi_version(void);
 HMM_API const char *hmm_instruction_set(void);    /* "avx512", "avx2" or "portable": what the running CPU got */
