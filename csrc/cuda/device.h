@@ -12,6 +12,10 @@
 
 #include "hmm_speech.h"
 
+#ifndef HMM_MUTATION
+#define HMM_MUTATION 0  // a test builds the kernels with one defect or another, which must be noticed
+#endif
+
 #ifdef HMM_ON_CPU
 #include "on_cpu.h"
 #else
@@ -61,6 +65,11 @@ inline int shared_memory_limit() {
   cudaError_t error = cudaGetDevice(&device);
   if (!error) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   return error ? -int(error) : bytes;
+}
+
+inline int fill_zeros(void *data, size_t bytes, void *stream) {
+  const cudaError_t error = bytes ? cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)) : cudaSuccess;
+  return error ? HMM_CUDA_ERROR + int(error) : HMM_OK;
 }
 
 // Starts a kernel on a stream; returns HMM_OK or HMM_CUDA_ERROR + the CUDA error code.

@@ -17,21 +17,19 @@ template <class Real>
 int log_space_backward(const hmm_problem &p, int group, const Real *grad, const Real *log_partition, const Real *alpha,
                        const Real *norm, const Real *centre, const int32_t *method, Real *state, Real *edge, void *stream);
 
-// Scaled probabilities, for transitions that do not vary over time. scaled_group: sequences that go through a step together,
-// 0 where the device or N is not fit for it and all is done in log space; a CUDA error comes back as a status through `status`.
-// Forward sets method to HMM_SCALED, or HMM_REDONE where the result is not certified. Backward does the sequences of
-// HMM_SCALED, and sets edge (groups, N, N), null to skip, to the sums over time and the sequences of each group.
-template <class Real> int scaled_group(const hmm_problem &p, int *status);
-template <class Real> size_t scaled_workspace(const hmm_problem &p);  // bytes: the arcs, ready for use
+// Scaled probabilities (scaled.cu), for transitions that do not vary over time and N of at most scaled_states<Real>().
+// Forward sets method to HMM_SCALED, or to HMM_REDONE where the result is not certified. Backward does the sequences of
+// HMM_SCALED; edge, null to skip, holds scaled_counts(p) blocks (N, N) whose sum is theirs, or one for each sequence where
+// transition_batch_stride is not 0. workspace: scaled_workspace(p, backward) bytes.
+template <class Real> int64_t scaled_states();
+template <class Real> size_t scaled_workspace(const hmm_problem &p, bool backward);
+int64_t scaled_counts(const hmm_problem &p);
 template <class Real>
-int scaled_forward(const hmm_problem &p, int group, Real *log_partition, Real *alpha, Real *centre, int32_t *method,
+int scaled_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Real *norm, Real *centre, int32_t *method,
                    void *workspace, void *stream);
 template <class Real>
-int scaled_backward(const hmm_problem &p, int group, const Real *grad, const Real *alpha, const Real *centre,
+int scaled_backward(const hmm_problem &p, const Real *grad, const Real *alpha, const Real *norm, const Real *centre,
                     const int32_t *method, Real *state, Real *edge, void *workspace, void *stream);
-
-// edge (N, N) = the sum over the first axis of partial (groups, N, N), in order.
-template <class Real> int sum_groups(int64_t groups, int64_t arcs, const Real *partial, Real *edge, void *stream);
 
 template <class Real> int viterbi(const hmm_problem &p, Real *score, int16_t *pointers, int64_t *states, void *stream);
 

@@ -403,6 +403,11 @@ template <int K> void copy_wait() {
 
 inline int shared_memory_limit() { return on_cpu::shared_memory_limit; }
 
+inline int fill_zeros(void *data, size_t bytes, void *) {
+  if (bytes) memset(data, 0, bytes);
+  return HMM_OK;
+}
+
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, void *, const Arguments &...arguments) {
   const std::tuple<Parameters...> held(static_cast<Parameters>(arguments)...);
