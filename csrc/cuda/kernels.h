@@ -1,6 +1,8 @@
 // What the .cu files of this folder offer to interface.cu, for Real = float and double. All return a status of hmm_speech.h
 // and take pointers to device memory; `stream` is a cudaStream_t.
 #pragma once
+#include <stddef.h>
+
 #include "hmm_speech.h"
 
 namespace hmm {
