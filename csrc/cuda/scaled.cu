@@ -9,9 +9,9 @@
 //
 // k_t brings the sum of a_{t-1} back to 2^30 when it has left [2^18, 2^31). Since sum_i a_{t-1}(i) y_{t-1}(i) is
 // 2^-k_t sum_j a_t(j) b_t(j), the scale of b is known before its sum is; g_t is that sum as it came out, 1 but for rounding,
-// known a step later, and dividing by it keeps rounding from adding up over time. So both sweeps have one barrier a step.
-// Sums reach 2^38 for N of 256 (a step's growth comes before its correction): an entry that is lost has a posterior below
-// 2^(38 - 126 + 30 + 18) = 2^-40, and the certificates of the CPU hold with that.
+// known a step later, and dividing by it (1 / g = 2 - g) keeps rounding from adding up over time. So both sweeps have one barrier a step.
+// A sum may grow to N 2^31 before it is corrected, 2^38 for N = 128: an entry that is lost then has a posterior below
+// 2^(38 - 126 + 30 + 18) = 2^-40 where the CPU's has 2^-47; the least sum that is demanded counts it in.
 //
 // What does not depend on the step before is done for all frames at once: arcs_kernel exponentiates the transitions,
 // weights_kernel the emissions (into alpha, where a_t replaces w_t), counts_kernel adds up the counts. The sweeps hold A in
@@ -19,9 +19,11 @@
 // from shared memory, 16 bytes at a time, add up over 4 lanes by two shuffles, and write theirs.
 //
 //   launches        3 forward, 4 backward, whatever T is
-//   a frame         2 N^2 flops forward, 4 N^2 backward with counts; 2 N exponentials; 16 N bytes forward, 28 N backward (float)
+//   a frame         2 N^2 flops forward, 4 N^2 backward with counts; N exponentials each; 16 N bytes forward, 28 N backward
+//                   (float)
 //   a step          the dependent chain: K reads of shared memory, 4 K / 2 fused products, 2 + 3 shuffles, one barrier
-//   limits          N of at most 192 (float), 128 (double); T none. One block a sequence of 64 K threads at most.
+//   limits          N of at most 128 (float), 96 (double): beyond, A does not fit the registers of a block beside the rest (160
+//                  spills from sm_90 on) and log_space.cu does all. T none. One block a sequence, of 32 threads for 8 states.
 //
 // Compiled for sm_75 to sm_120 and executed on the CPU by the tests; not timed on a GPU.
 #include "device.h"
@@ -233,7 +235,7 @@ constexpr int threads_of(int64_t N) { return int((N + kOwners - 1) / kOwners) * 
 
 // One block a sequence. alpha holds w and gets a; norm[b, t, 0] gets 2^k_t.
 template <int K, class Real>
-__global__ void __launch_bounds__(64 * K)
+__global__ void __launch_bounds__(64 * K, 1)
     forward_kernel(hmm_problem p, void *workspace, Real *log_partition, Real *alpha, Real *norm, const Real *centre, int32_t *method) {
   using R = Range<Real>;
   HMM_SHARED_MEMORY(at);
@@ -268,47 +270,57 @@ __global__ void __launch_bounds__(64 * K)
   Real final_top = block_max(owner && final ? final[j] : ninf, reduced);
   if (final_top == ninf) final_top = 0;
 
-  // Which certificate applies, and the least sum that it demands.
-  const double demanded = double(bits) + 2 * log2(double(N)) + log2(double(p.time)) + R::kSmallestBits + kTopBits + 1 + R::kPrecision;
+  // Which certificate applies, and the least sum that it demands: N times the CPU's, as sums may be larger.
+  const double demanded = double(bits) + 3 * log2(double(N)) + log2(double(p.time)) + R::kSmallestBits + kTopBits + 1 + R::kPrecision;
   const bool mixing = !forbidden && demanded <= kLowestTopBits - 4;
   const Real least = exp2(Real(mixing && demanded > R::kLeastSumBits ? demanded : R::kLeastSumBits));
   const Real smallest = ldexp(Real(1), R::kEntryBits);
   bool lost = !(bits <= -R::kArcBits);
 
-  Real *const row = alpha + b * p.time * N + (owner ? j : 0);
+  Real *row = alpha + b * p.time * N + (owner ? j : 0);  // of step t
+  Real *scales = norm + b * p.time * N;
+  const int64_t ahead = 4 * int64_t(N);
   const auto weight_of = [&](int64_t t) { return owner && t < L ? row[t * N] : Real(0); };
-  Real w = weight_of(0), w_1 = weight_of(1), w_2 = weight_of(2);
+  Real a = 0;  // a_t of column j, alike in its lanes
   int64_t exponents = 0;
-  if (L > 0) {
-    const Real start = owner ? weight(initial[j], Real(0), initial_top) : Real(0);
-    Real a = start * ldexp(Real(1), kTopBits) * w;
-    lost |= !mixing && a < smallest && start > 0 && w > 0;
-    for (int64_t t = 0;; t++) {
-      if (writer) {
-        rows.message(t)[j] = a;
-        row[t * N] = a;
-      }
-      const Real sum = sum_of_owners(a);
-      if (lane == 0) rows.part(t)[warp] = sum;
+  // Hands on a_t and goes on to a_{t+1}; w holds w_{t+1}, then w_{t+4}. Returns false after the last frame.
+  const auto step = [&](int64_t t, Real &w) {
+    if (writer) {
+      rows.message(t)[j] = a;
+      *row = a;
+    }
+    const Real sum = sum_of_owners(a);
+    if (lane == 0) rows.part(t)[warp] = sum;
 #if HMM_MUTATION != 11
-      __syncthreads();
+    __syncthreads();
 #endif
-      const Real total = sum_of_warps<K>(rows.part(t));
-      lost |= !(total >= least);
-      if (t == L - 1) {
-        if (threadIdx.x == 0) log_partition[b] = total;  // for the end below
-        break;
-      }
-      const int up = correction(total);
-      const Real scale = up ? ldexp(Real(1), up) : Real(1);
-      exponents += up;
-      w = w_1, w_1 = w_2, w_2 = weight_of(t + 3);
-      a = product<K>(arcs, rows.message(t), share) * w * scale;
-      if (threadIdx.x == 0) norm[(b * p.time + t + 1) * N] = scale;
-      if (!mixing) {
-        const bool suspect = a < smallest * scale && w > 0;
-        if (__any_sync(kAllLanes, suspect)) lost |= reachable<K>(arcs, rows.message(t), share) && suspect;
-      }
+    const Real total = sum_of_warps<K>(rows.part(t));
+    lost |= !(total >= least);
+    if (t == L - 1) {
+      if (threadIdx.x == 0) log_partition[b] = total;  // for the end below
+      return false;
+    }
+    const int up = correction(total);
+    const Real scale = up ? ldexp(Real(1), up) : Real(1);
+    exponents += up;
+    a = product<K>(arcs, rows.message(t), share) * w * scale;
+    scales += N;
+    if (threadIdx.x == 0) *scales = scale;
+    if (!mixing) {
+      const bool suspect = a < smallest * scale && w > 0;
+      if (__any_sync(kAllLanes, suspect)) lost |= reachable<K>(arcs, rows.message(t), share) && suspect;
+    }
+    w = owner && t + 4 < L ? row[ahead] : Real(0);
+    row += N;
+    return true;
+  };
+  if (L > 0) {
+    Real w_0 = weight_of(0), w_1 = weight_of(1), w_2 = weight_of(2);
+    const Real start = owner ? weight(initial[j], Real(0), initial_top) : Real(0);
+    a = start * ldexp(Real(1), kTopBits) * w_0;
+    lost |= !mixing && a < smallest && start > 0 && w_0 > 0;
+    w_0 = weight_of(3);
+    for (int64_t t = 0; step(t, w_1) && step(t + 1, w_2) && step(t + 2, w_0); t += 3) {
     }
   }
   // What was taken out of log Z.
@@ -329,7 +341,7 @@ __global__ void __launch_bounds__(64 * K)
 
 // One block a sequence. w holds w_t and gets 2^k_t w_t b_t, what the counts need.
 template <int K, class Real>
-__global__ void __launch_bounds__(64 * K)
+__global__ void __launch_bounds__(64 * K, 1)
     backward_kernel(hmm_problem p, void *workspace, const Real *grad, const Real *alpha, const Real *norm, const int32_t *method, Real *w, Real *state) {
   HMM_SHARED_MEMORY(at);
   const Rows<K, Real> rows(at);
@@ -349,42 +361,52 @@ __global__ void __launch_bounds__(64 * K)
       arcs[4 * k + c] = j < N && owner ? packed.arcs[i * N + j] : Real(0);
     }
   rows.clear();
-  const int64_t own = b * T * N + (owner ? i : 0);
+  const int64_t first = b * T * N + (owner ? i : 0);
   if (writer)
-    for (int64_t t = L; t < T; t++) state[own + t * N] = 0;
-  const auto number_of = [&](const Real *x, int64_t t) { return owner && t >= 0 ? x[own + t * N] : Real(0); };
+    for (int64_t t = L; t < T; t++) state[first + t * N] = 0;
+  const auto number_of = [&](const Real *x, int64_t t) { return owner && t >= 0 ? x[first + t * N] : Real(0); };
   const auto scale_of = [&](int64_t t) { return t > 0 && t < L ? norm[(b * T + t) * N] : Real(1); };
   const Real upstream = grad[b];
-  // Those of step t and of the steps to come.
-  Real a = number_of(alpha, L - 1), a_1 = number_of(alpha, L - 2), a_2 = number_of(alpha, L - 3);
-  Real v = number_of(w, L - 1), v_1 = number_of(w, L - 2), v_2 = number_of(w, L - 3);
-  Real scale = scale_of(L - 1), scale_1 = scale_of(L - 2), scale_2 = scale_of(L - 3), later = 1;
+  Real a_0 = number_of(alpha, L - 1), a_1 = number_of(alpha, L - 2), a_2 = number_of(alpha, L - 3);
+  Real v_0 = number_of(w, L - 1), v_1 = number_of(w, L - 2), v_2 = number_of(w, L - 3);
+  Real scale_0 = scale_of(L - 1), scale_1 = scale_of(L - 2), scale_2 = scale_of(L - 3);
   __syncthreads();
-  {  // the last message's sum, as g of the step past the end
-    const Real sum = sum_of_owners(a);
-    if (lane == 0) rows.part(L)[warp] = sum;
-  }
+  const Real last = sum_of_owners(a_0);
+  if (lane == 0) rows.part(L)[warp] = last;
   __syncthreads();
-  for (int64_t t = L - 1; t >= 0; t--) {
+  Real later = Real(1) / sum_of_warps<K>(rows.part(L));  // 2^k_{t+1}; of the last message, its sum's inverse
+  __syncthreads();
+  if (lane == 0) rows.part(L)[warp] = warp == 0 ? Real(1) : Real(0);  // its g
+  __syncthreads();
+
+  int64_t own = first + (L - 1) * N, own_scale = (b * T + L - 1) * N;
+  const int64_t ahead = 3 * int64_t(N);
+  // gamma_t and what the step before needs; a, v and scale hold those of t, then those of t - 3. Returns false after frame 0.
+  const auto step = [&](int64_t t, Real &a, Real &v, Real &scale) {
     const Real g = sum_of_warps<K>(rows.part(t + 1));
     Real y = product<K>(arcs, rows.message(t + 1), share);
     if (t == L - 1) y = 1;
-    const Real beta = a > 0 ? y * (later / g) : Real(0), gamma = a * beta, u = v * beta;
+    // 1 / g to first order: g is 1 but for a step's rounding.
+    const Real beta = a > 0 ? y * (later * (Real(2) - g)) : Real(0), gamma = a * beta, u = v * beta;
     if (writer) {
-      state[own + t * N] = upstream * gamma;
-      w[own + t * N] = scale * u;
+      state[own] = upstream * gamma;
+      w[own] = scale * u;
       rows.message(t)[i] = u;
     }
     const Real sum = sum_of_owners(gamma);
     if (lane == 0) rows.part(t)[warp] = sum;
     later = scale;
-    a = a_1, a_1 = a_2, a_2 = number_of(alpha, t - 3);
-    v = v_1, v_1 = v_2, v_2 = number_of(w, t - 3);
-    scale = scale_1, scale_1 = scale_2, scale_2 = scale_of(t - 3);
+    const bool more = t >= 3;
+    a = owner && more ? alpha[own - ahead] : Real(0), v = owner && more ? w[own - ahead] : Real(0);
+    scale = t > 3 ? norm[own_scale - ahead] : Real(1);
+    own -= N, own_scale -= N;
 #if HMM_MUTATION != 12
     __syncthreads();
 #endif
-  }
+    return t > 0;
+  };
+  int64_t t = L - 1;
+  while (t >= 0 && step(t, a_0, v_0, scale_0) && step(t - 1, a_1, v_1, scale_1) && step(t - 2, a_2, v_2, scale_2)) t -= 3;
 }
 
 // counts: A(i, j) sum over a range of frames of a_{t-1}(i) u_t(j) grad, one matrix product: a block computes a tile of 64 by
@@ -455,11 +477,14 @@ int64_t matrices(const hmm_problem &p) { return p.transition_batch_stride ? p.ba
 template <int K> struct Width {
   static constexpr int value = K;
 };
-template <class Body> int with_width(int64_t N, Body body) {
+template <class Real, class Body> int with_width(int64_t N, Body body) {
   if (N <= 32) return body(Width<2>{});
   if (N <= 64) return body(Width<4>{});
-  if (N <= 96) return body(Width<6>{});
-  return body(Width<8>{});
+  if constexpr (sizeof(Real) == 8) return body(Width<6>{});
+  else {
+    if (N <= 96) return body(Width<6>{});
+    return body(Width<8>{});
+  }
 }
 
 template <bool Find, class Real> int prepare(const hmm_problem &p, void *workspace, Real *centre, Real *w, void *stream) {
@@ -473,8 +498,8 @@ template <bool Find, class Real> int prepare(const hmm_problem &p, void *workspa
 
 }  // namespace
 
-template <> int64_t scaled_states<float>() { return 192; }
-template <> int64_t scaled_states<double>() { return 128; }
+template <> int64_t scaled_states<float>() { return 128; }
+template <> int64_t scaled_states<double>() { return 96; }
 
 int64_t scaled_counts(const hmm_problem &p) {
   const int64_t frames = frames_a_range(p);
@@ -496,9 +521,7 @@ int scaled_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Real 
     return launch(forward_kernel<K, Real>, dim3(unsigned(p.batch)), threads_of(p.states), shared, stream, p, workspace,
                   log_partition, alpha, norm, static_cast<const Real *>(centre), method);
   };
-  if constexpr (sizeof(Real) == 4)
-    if (p.states > 128) return sweep(Width<12>{});
-  return with_width(p.states, sweep);
+  return with_width<Real>(p.states, sweep);
 }
 
 template <class Real>
@@ -512,9 +535,7 @@ int scaled_backward(const hmm_problem &p, const Real *grad, const Real *alpha, c
     return launch(backward_kernel<K, Real>, dim3(unsigned(p.batch)), threads_of(p.states), Rows<K, Real>::bytes(), stream, p,
                   workspace, grad, alpha, norm, method, w, state);
   };
-  if (sizeof(Real) == 4 && p.states > 128) {
-    if constexpr (sizeof(Real) == 4) status = sweep(Width<12>{});
-  } else status = with_width(p.states, sweep);
+  status = with_width<Real>(p.states, sweep);
   if (status || !edge) return status;
   const unsigned tiles = unsigned((p.states + kTile - 1) / kTile);
   const size_t shared = 2 * carved<Real>(kDepth * kTile) + carved<Real>(256 / kWarp);
