@@ -24,7 +24,7 @@ bool summed_over_batch(const hmm_problem &p) { return !p.time_varying && !p.tran
 template <class Real> struct Workspace {
   size_t for_scaled, counts = 0;  // bytes, blocks of N^2 numbers
   Workspace(const hmm_problem &p, bool backward) : for_scaled(scaled<Real>(p) ? (scaled_workspace<Real>(p, backward) + 15) / 16 * 16 : 0) {
-    if (backward && summed_over_batch(p)) counts = size_t(log_counts(p) + (scaled<Real>(p) ? scaled_counts(p) : 0));
+    if (backward && summed_over_batch(p)) counts = size_t(log_counts(p) + (scaled<Real>(p) ? count_blocks(p) : 0));
   }
   size_t bytes(const hmm_problem &p) const { return for_scaled + counts * size_t(p.states * p.states) * sizeof(Real); }
 };
@@ -60,7 +60,7 @@ int backward(const hmm_problem *p, const Real *grad, const Real *log_partition, 
   int status = HMM_OK;
   if (scaled<Real>(*p)) {
     status = scaled_backward(*p, grad, alpha, norm, centre, method, state, counts, workspace, stream);
-    if (edge && summed) log_counts_from += scaled_counts(*p) * arcs;
+    if (edge && summed) log_counts_from += count_blocks(*p) * arcs;
   }
   if (!status && edge && !p->time_varying && (summed || !scaled<Real>(*p)))
     status = fill_zeros(log_counts_from, size_t(log_counts(*p) * arcs) * sizeof(Real), stream);

@@ -19,13 +19,22 @@ template <class Real>
 int log_space_backward(const hmm_problem &p, int group, const Real *grad, const Real *log_partition, const Real *alpha,
                        const Real *norm, const Real *centre, const int32_t *method, Real *state, Real *edge, void *stream);
 
+// Arcs and weights for a scaled sweep (prepare.cu): w (B, T, N) from the emissions and their centres (B, T), which are found
+// or given. The workspace begins with the arcs.
+template <class Real> int prepare(const hmm_problem &p, bool find_centres, Real *centre, Real *w, void *workspace, void *stream);
+
+// Counts of a scaled sweep (counts.cu): count_blocks(p) blocks (N, N) whose sum is that of all sequences, or one block for each
+// sequence where transition_batch_stride is not 0. u: (B, T, N), as the sweeps leave it.
+int64_t count_blocks(const hmm_problem &p);
+template <class Real>
+int counts(const hmm_problem &p, const Real *grad, const Real *alpha, const Real *u, const int32_t *method, Real *edge,
+           void *workspace, void *stream);
+
 // Scaled probabilities (scaled.cu), for transitions that do not vary over time and N of at most scaled_states<Real>().
 // Forward sets method to HMM_SCALED, or to HMM_REDONE where the result is not certified. Backward does the sequences of
-// HMM_SCALED; edge, null to skip, holds scaled_counts(p) blocks (N, N) whose sum is theirs, or one for each sequence where
-// transition_batch_stride is not 0. workspace: scaled_workspace(p, backward) bytes.
+// HMM_SCALED; edge, null to skip, is as `counts` leaves it. workspace: scaled_workspace(p, backward) bytes.
 template <class Real> int64_t scaled_states();
 template <class Real> size_t scaled_workspace(const hmm_problem &p, bool backward);
-int64_t scaled_counts(const hmm_problem &p);
 template <class Real>
 int scaled_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Real *norm, Real *centre, int32_t *method,
                    void *workspace, void *stream);

@@ -13,12 +13,11 @@
 // A sum may grow to N 2^31 before it is corrected, 2^38 for N = 128: an entry that is lost then has a posterior below
 // 2^(38 - 126 + 30 + 18) = 2^-40 where the CPU's has 2^-47; the least sum that is demanded counts it in.
 //
-// What does not depend on the step before is done for all frames at once: arcs_kernel exponentiates the transitions,
-// weights_kernel the emissions (into alpha, where a_t replaces w_t), counts_kernel adds up the counts. The sweeps hold A in
-// registers: 4 lanes share a column (forward) or a row (backward), 4 K numbers each; they read the message of the step before
+// What does not depend on the step before is done for all frames at once: prepare.cu exponentiates the transitions and the
+// emissions (w into alpha, where a_t replaces w_t), counts.cu adds up the counts. The sweeps hold A in registers: 4 lanes share a column (forward) or a row (backward), 4 K numbers each; they read the message of the step before
 // from shared memory, 16 bytes at a time, add up over 4 lanes by two shuffles, and write theirs.
 //
-//   launches        3 forward, 4 backward, whatever T is
+//   launches        4 forward, 5 backward, whatever T is
 //   a frame         2 N^2 flops forward, 4 N^2 backward with counts; N exponentials each; 16 N bytes forward, 28 N backward
 //                   (float)
 //   a step          the dependent chain: K reads of shared memory, 4 K / 2 fused products, 2 + 3 shuffles, one barrier
@@ -26,146 +25,13 @@
 //                  spills from sm_90 on) and log_space.cu does all. T none. One block a sequence, of 32 threads for 8 states.
 //
 // Compiled for sm_75 to sm_120 and executed on the CPU by the tests; not timed on a GPU.
-#include "device.h"
-#include "kernels.h"
+#include "scaled.h"
 
 namespace hmm {
 namespace {
 
-constexpr int kShare = 4;    // lanes that share a column or row
+constexpr int kShare = 4;  // lanes that share a column or row
 constexpr int kOwners = kWarp / kShare;
-constexpr int kTopBits = 30, kLowestTopBits = 18;
-constexpr double kLn2 = 0.6931471805599453, kLog2E = 1.4426950408889634;
-
-template <class Real> struct Range;
-template <> struct Range<float> {
-  static constexpr int kSmallestBits = -126, kEntryBits = -94, kArcBits = -100, kLeastSumBits = -18, kPrecision = 24;
-  static constexpr float kTiny = 1.17549435e-38f;
-};
-template <> struct Range<double> {
-  static constexpr int kSmallestBits = -1022, kEntryBits = -960, kArcBits = -980, kLeastSumBits = -370, kPrecision = 53;
-  static constexpr double kTiny = 2.2250738585072014e-308;
-};
-
-template <class Real> struct alignas(16) Four {
-  Real x, y, z, w;
-};
-
-// The arcs of one matrix, ready for use; and of their columns c(j), how far the lowest allowed arc lies below it, in nats,
-// and whether one is forbidden.
-template <class Real> struct Arcs {
-  Real *arcs, *top, *spread, *forbidden;  // (N, N), (N,), (N,), (N,) 0 or 1
-  static __host__ __device__ constexpr int64_t size(int64_t N) { return N * N + 3 * N; }
-  __device__ Arcs(void *workspace, int64_t matrix, int64_t N)
-      : arcs(static_cast<Real *>(workspace) + matrix * size(N)), top(arcs + N * N), spread(top + N), forbidden(spread + N) {}
-};
-
-// The maximum over the block, for all threads; `part` holds a number a warp. Two barriers.
-template <class Real> __device__ __forceinline__ Real block_max(Real x, Real *part) {
-  const int warps = blockDim.x / kWarp;
-  x = warp_max(x);
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) part[threadIdx.x / kWarp] = x;
-  __syncthreads();
-  x = part[0];
-  for (int q = 1; q < warps; q++) x = fmax(x, part[q]);
-  return x;
-}
-
-// A block does 32 columns of a matrix, 8 threads a column.
-constexpr int kSlices = 8;
-template <class Real>
-__global__ void __launch_bounds__(kWarp * kSlices) arcs_kernel(const Real *transition, int64_t stride, int N, void *workspace) {
-  HMM_SHARED_MEMORY(at);
-  Real *found = carve<Real>(at, kSlices * kWarp);
-  const Arcs<Real> out(workspace, blockIdx.y, N);
-  const Real *phi = transition + blockIdx.y * stride, ninf = negative_infinity<Real>();
-  const int lane = threadIdx.x % kWarp, slice = threadIdx.x / kWarp, j = blockIdx.x * kWarp + lane, rows = j < N ? N : 0;
-  // f combined over the 8 threads of the column, in order.
-  const auto combine = [&](Real x, auto f) {
-    __syncthreads();
-    found[threadIdx.x] = x;
-    __syncthreads();
-    x = found[lane];
-#pragma unroll
-    for (int q = 1; q < kSlices; q++) x = f(x, found[q * kWarp + lane]);
-    return x;
-  };
-  Real c = ninf;
-  for (int i = slice; i < rows; i += kSlices) c = phi[i * N + j] > c ? phi[i * N + j] : c;
-  c = combine(c, [](Real x, Real y) { return x > y ? x : y; });
-  // On a grid, differences of any two c are exact, and so is the shift that the emissions get.
-  c = c == ninf ? ninf : rint(c * 64) / 64;
-  Real lowest = 0, forbidden = 0;
-  for (int i = slice; i < rows; i += kSlices) {
-    const Real s = c == ninf ? phi[i * N + j] : phi[i * N + j] - c;
-    out.arcs[i * N + j] = exp(s);
-    if (s == ninf) forbidden = 1;
-    else lowest = s < lowest ? s : lowest;
-  }
-  lowest = combine(lowest, [](Real x, Real y) { return x < y ? x : y; });
-  forbidden = combine(forbidden, [](Real x, Real y) { return x > y ? x : y; });
-  if (slice == 0 && j < N) out.top[j] = c, out.spread[j] = -lowest, out.forbidden[j] = forbidden;
-}
-
-// c(j) - max c; 0 for a column without arcs.
-template <class Real> __device__ __forceinline__ Real shift_of(Real c, Real top) {
-  return c == negative_infinity<Real>() ? Real(0) : c - top;
-}
-
-// exp(e + shift - top), 0 for a forbidden state and at least 2^-126 for others. Large scores may cancel: the sum is
-// compensated (Knuth's two-sum).
-template <class Real> __device__ __forceinline__ Real weight(Real e, Real shift, Real top) {
-  if (e == negative_infinity<Real>()) return Real(0);
-  const Real difference = e - top, part = difference - e, whole = difference + shift, other = whole - difference;
-  const Real lost = ((e - (difference - part)) + (-top - part)) + ((difference - (whole - other)) + (shift - other));
-  return fmax(exp(whole + lost), Range<Real>::kTiny);
-}
-
-// max over j of row[j] + (c[j] - top), c null for zeros; 0 where all are -inf. For all lanes of the warp.
-template <class Real> __device__ __forceinline__ Real row_max(const Real *row, const Real *c, Real top, int N) {
-  Real highest = negative_infinity<Real>();
-  for (int j = threadIdx.x % kWarp; j < N; j += kWarp) {
-    const Real x = c ? row[j] + shift_of(c[j], top) : row[j];
-    highest = x > highest ? x : highest;
-  }
-  highest = warp_max(highest);
-  return highest == negative_infinity<Real>() ? Real(0) : highest;
-}
-
-// w of all frames, a warp a frame; 0 past the end. The forward pass (Find) finds the centres, the backward pass reads them.
-template <bool Find, class Real>
-__global__ void __launch_bounds__(256) weights_kernel(hmm_problem p, void *workspace, Real *centre, Real *w) {
-  const int N = p.states, lane = threadIdx.x % kWarp;
-  const int64_t row = int64_t(blockIdx.x) * (256 / kWarp) + threadIdx.x / kWarp, T = p.time;
-  if (row >= p.batch * T) return;  // a whole warp
-  const int64_t b = row / T, t = row % T, L = p.lengths[b];
-  if (t >= L) {
-    for (int j = lane; j < N; j += kWarp) w[row * N + j] = 0;
-    if (Find && lane == 0) centre[row] = 0;
-    return;
-  }
-  const Arcs<Real> arcs(workspace, p.transition_batch_stride ? b : 0, N);
-  const Real *emission = static_cast<const Real *>(p.emission) + row * N, *c = t ? arcs.top : nullptr, *none = nullptr;
-  const Real *final = p.final && t == L - 1 ? static_cast<const Real *>(p.final) + b * p.final_batch_stride : nullptr;
-  const Real arcs_top = c ? row_max(c, none, Real(0), N) : Real(0), final_top = final ? row_max(final, none, Real(0), N) : Real(0);
-  const Real top = Find ? row_max(emission, c, arcs_top, N) : centre[row];
-  if (Find && lane == 0) centre[row] = top;
-  for (int j = lane; j < N; j += kWarp) {
-    Real x = weight(emission[j], c ? shift_of(c[j], arcs_top) : Real(0), top);
-    if (final) {
-      const Real f = weight(final[j], Real(0), final_top);
-      x = x > 0 && f > 0 ? fmax(x * f, Range<Real>::kTiny) : Real(0);
-    }
-    w[row * N + j] = x;
-  }
-}
-
-// 2^k that brings a sum back to [2^30, 2^31), where it has left [2^18, 2^31).
-template <class Real> __device__ __forceinline__ int correction(Real total) {
-  if (total >= Real(1 << kLowestTopBits) && total < ldexp(Real(1), kTopBits + 1)) return 0;
-  return total > 0 && total <= ldexp(Real(1), -Range<Real>::kSmallestBits) ? kTopBits - ilogb(total) : 0;
-}
 
 // sum over this lane's share of a row in shared memory times its numbers, then over the 4 lanes.
 template <int K, class Real> __device__ __forceinline__ Real product(const Real (&numbers)[4 * K], const Real *row, int share) {
@@ -237,7 +103,6 @@ constexpr int threads_of(int64_t N) { return int((N + kOwners - 1) / kOwners) * 
 template <int K, class Real>
 __global__ void __launch_bounds__(64 * K, 1)
     forward_kernel(hmm_problem p, void *workspace, Real *log_partition, Real *alpha, Real *norm, const Real *centre, int32_t *method) {
-  using R = Range<Real>;
   HMM_SHARED_MEMORY(at);
   const Rows<K, Real> rows(at);
   Real *reduced = carve<Real>(at, 2 * K);
@@ -247,7 +112,7 @@ __global__ void __launch_bounds__(64 * K, 1)
   const int share = lane % kShare, j = warp * kOwners + lane / kShare;
   const bool owner = j < N, writer = owner && share == 0;
   const int64_t b = blockIdx.x, L = p.lengths[b];
-  const Arcs<Real> packed(workspace, p.transition_batch_stride ? b : 0, N);
+  const Arcs<Real> packed = arcs_of<Real>(p, workspace, b);
   const Real ninf = negative_infinity<Real>();
 
   Real arcs[4 * K];  // of column j
@@ -259,23 +124,16 @@ __global__ void __launch_bounds__(64 * K, 1)
       arcs[4 * k + c] = i < N && owner ? packed.arcs[i * N + j] : Real(0);
     }
   rows.clear();
-  const Real bits = block_max(owner ? packed.spread[j] : Real(0), reduced) * Real(kLog2E);
-  const bool forbidden = block_max(owner ? packed.forbidden[j] : Real(0), reduced) > 0;
   const Real *initial = static_cast<const Real *>(p.initial) + b * p.initial_batch_stride;
-  Real arcs_top = block_max(owner ? packed.top[j] : ninf, reduced);
-  if (arcs_top == ninf) arcs_top = 0;
   Real initial_top = block_max(owner ? initial[j] : ninf, reduced);
   if (initial_top == ninf) initial_top = 0;
   const Real *final = p.final ? static_cast<const Real *>(p.final) + b * p.final_batch_stride : nullptr;
   Real final_top = block_max(owner && final ? final[j] : ninf, reduced);
   if (final_top == ninf) final_top = 0;
-
-  // Which certificate applies, and the least sum that it demands: N times the CPU's, as sums may be larger.
-  const double demanded = double(bits) + 3 * log2(double(N)) + log2(double(p.time)) + R::kSmallestBits + kTopBits + 1 + R::kPrecision;
-  const bool mixing = !forbidden && demanded <= kLowestTopBits - 4;
-  const Real least = exp2(Real(mixing && demanded > R::kLeastSumBits ? demanded : R::kLeastSumBits));
-  const Real smallest = ldexp(Real(1), R::kEntryBits);
-  bool lost = !(bits <= -R::kArcBits);
+  const bool mixing = packed.certificate->mixing;
+  const Real least = packed.certificate->least, arcs_top = packed.certificate->top;
+  const Real smallest = ldexp(Real(1), Range<Real>::kEntryBits);
+  bool lost = !packed.certificate->usable;
 
   Real *row = alpha + b * p.time * N + (owner ? j : 0);  // of step t
   Real *scales = norm + b * p.time * N;
@@ -350,7 +208,7 @@ __global__ void __launch_bounds__(64 * K, 1)
   const bool owner = i < N, writer = owner && share == 0;
   const int64_t b = blockIdx.x, L = p.lengths[b], T = p.time;
   if (method[b] != HMM_SCALED) return;  // the whole block
-  const Arcs<Real> packed(workspace, p.transition_batch_stride ? b : 0, N);
+  const Arcs<Real> packed = arcs_of<Real>(p, workspace, b);
 
   Real arcs[4 * K];  // of row i
 #pragma unroll
@@ -409,70 +267,6 @@ __global__ void __launch_bounds__(64 * K, 1)
   while (t >= 0 && step(t, a_0, v_0, scale_0) && step(t - 1, a_1, v_1, scale_1) && step(t - 2, a_2, v_2, scale_2)) t -= 3;
 }
 
-// counts: A(i, j) sum over a range of frames of a_{t-1}(i) u_t(j) grad, one matrix product: a block computes a tile of 64 by
-// 64, a thread 4 by 4. Blocks of the grid's second axis take ranges of frames of all sequences, or a sequence each.
-constexpr int kTile = 64, kDepth = 16;
-
-template <class Real>
-__global__ void __launch_bounds__(256) counts_kernel(hmm_problem p, void *workspace, int64_t frames, const Real *grad, const Real *alpha,
-                                                     const Real *u, const int32_t *method, Real *edge) {
-  HMM_SHARED_MEMORY(at);
-  Real *left = carve<Real>(at, kDepth * kTile), *right = carve<Real>(at, kDepth * kTile), *part = carve<Real>(at, 256 / kWarp);
-  const int N = p.states, tiles = (N + kTile - 1) / kTile, i0 = blockIdx.x / tiles * kTile, j0 = blockIdx.x % tiles * kTile;
-  const int64_t T = p.time, begin = blockIdx.y * frames, end = min(begin + frames, p.batch * T);
-  const Arcs<Real> packed(workspace, p.transition_batch_stride ? int64_t(blockIdx.y) : 0, N);
-  // A power of two that brings the largest |grad| near 1, so that products stay in range.
-  Real largest = 0;
-  for (int64_t b = threadIdx.x; b < p.batch; b += blockDim.x) largest = fmax(largest, fabs(grad[b]));
-  largest = block_max(largest, part);
-  const int exponent = largest > 0 && largest <= ldexp(Real(1), -Range<Real>::kSmallestBits) ? ilogb(largest) : 0;
-  const int i = threadIdx.x / 16 * 4, j = threadIdx.x % 16 * 4;
-  Real sum[4][4];
-#pragma unroll
-  for (int m = 0; m < 4; m++)
-#pragma unroll
-    for (int n = 0; n < 4; n++) sum[m][n] = 0;
-  for (int64_t first = begin; first < end; first += kDepth) {
-    __syncthreads();
-    for (int k = threadIdx.x; k < kDepth * kTile; k += blockDim.x) {
-      const int64_t row = first + k / kTile, b = row / T, t = row % T;
-      const int column = k % kTile;
-      const bool counted = row < end && t > 0 && t < p.lengths[row < end ? b : 0] && method[row < end ? b : 0] == HMM_SCALED;
-      left[k] = counted && i0 + column < N ? alpha[(row - 1) * N + i0 + column] : Real(0);
-      right[k] = counted && j0 + column < N ? u[row * N + j0 + column] * ldexp(grad[b], -exponent) : Real(0);
-    }
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < kDepth; k++) {
-      const Four<Real> x = *reinterpret_cast<const Four<Real> *>(left + k * kTile + i);
-      const Four<Real> y = *reinterpret_cast<const Four<Real> *>(right + k * kTile + j);
-      const Real xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
-#pragma unroll
-      for (int m = 0; m < 4; m++)
-#pragma unroll
-        for (int n = 0; n < 4; n++) sum[m][n] = fma(xs[m], ys[n], sum[m][n]);
-    }
-  }
-  Real *out = edge + int64_t(blockIdx.y) * N * N;
-#pragma unroll
-  for (int m = 0; m < 4; m++)
-#pragma unroll
-    for (int n = 0; n < 4; n++)
-      if (i0 + i + m < N && j0 + j + n < N) {
-        const int64_t arc = int64_t(i0 + i + m) * N + j0 + j + n;
-        out[arc] = packed.arcs[arc] > 0 ? ldexp(sum[m][n] * packed.arcs[arc], exponent) : Real(0);
-      }
-}
-
-constexpr int64_t kMostRanges = 64, kFewestFrames = 256;  // of counts over all sequences
-int64_t frames_a_range(const hmm_problem &p) {
-  if (p.transition_batch_stride) return p.time;
-  const int64_t frames = (p.batch * p.time + kMostRanges - 1) / kMostRanges;
-  return frames < kFewestFrames ? kFewestFrames : frames;
-}
-
-int64_t matrices(const hmm_problem &p) { return p.transition_batch_stride ? p.batch : 1; }
-
 // Calls body(Width<K>) for the smallest K of the list with 16 K >= N.
 template <int K> struct Width {
   static constexpr int value = K;
@@ -487,60 +281,40 @@ template <class Real, class Body> int with_width(int64_t N, Body body) {
   }
 }
 
-template <bool Find, class Real> int prepare(const hmm_problem &p, void *workspace, Real *centre, Real *w, void *stream) {
-  const dim3 grid(unsigned((p.states + kWarp - 1) / kWarp), unsigned(matrices(p)));
-  const int status = launch(arcs_kernel<Real>, grid, kWarp * kSlices, carved<Real>(kWarp * kSlices), stream,
-                            static_cast<const Real *>(p.transition), p.transition_batch_stride, int(p.states), workspace);
-  if (status) return status;
-  const int64_t blocks = (p.batch * p.time + 256 / kWarp - 1) / (256 / kWarp);
-  return launch(weights_kernel<Find, Real>, dim3(unsigned(blocks)), 256, 0, stream, p, workspace, centre, w);
-}
-
 }  // namespace
 
 template <> int64_t scaled_states<float>() { return 128; }
 template <> int64_t scaled_states<double>() { return 96; }
 
-int64_t scaled_counts(const hmm_problem &p) {
-  const int64_t frames = frames_a_range(p);
-  return frames > 0 ? (p.batch * p.time + frames - 1) / frames : 0;
-}
-
 template <class Real> size_t scaled_workspace(const hmm_problem &p, bool backward) {
-  return sizeof(Real) * size_t(matrices(p) * Arcs<Real>::size(p.states) + (backward ? p.batch * p.time * p.states : 0));
+  return size_t(matrices(p) * Arcs<Real>::bytes(p.states)) + (backward ? sizeof(Real) * size_t(p.batch * p.time * p.states) : 0);
 }
 
 template <class Real>
 int scaled_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Real *norm, Real *centre, int32_t *method,
                    void *workspace, void *stream) {
-  const int status = prepare<true>(p, workspace, centre, alpha, stream);
+  const int status = prepare(p, true, centre, alpha, workspace, stream);
   if (status) return status;
-  const auto sweep = [&](auto width) {
+  return with_width<Real>(p.states, [&](auto width) {
     constexpr int K = decltype(width)::value;
     const size_t shared = Rows<K, Real>::bytes() + carved<Real>(2 * K) + carved<double>(2 * K) + carved<int32_t>(2 * K);
     return launch(forward_kernel<K, Real>, dim3(unsigned(p.batch)), threads_of(p.states), shared, stream, p, workspace,
                   log_partition, alpha, norm, static_cast<const Real *>(centre), method);
-  };
-  return with_width<Real>(p.states, sweep);
+  });
 }
 
 template <class Real>
 int scaled_backward(const hmm_problem &p, const Real *grad, const Real *alpha, const Real *norm, const Real *centre,
                     const int32_t *method, Real *state, Real *edge, void *workspace, void *stream) {
-  Real *w = static_cast<Real *>(workspace) + matrices(p) * Arcs<Real>::size(p.states);
-  int status = prepare<false>(p, workspace, const_cast<Real *>(centre), w, stream);
+  Real *w = reinterpret_cast<Real *>(static_cast<char *>(workspace) + matrices(p) * Arcs<Real>::bytes(p.states));
+  int status = prepare(p, false, const_cast<Real *>(centre), w, workspace, stream);
   if (status) return status;
-  const auto sweep = [&](auto width) {
+  status = with_width<Real>(p.states, [&](auto width) {
     constexpr int K = decltype(width)::value;
     return launch(backward_kernel<K, Real>, dim3(unsigned(p.batch)), threads_of(p.states), Rows<K, Real>::bytes(), stream, p,
                   workspace, grad, alpha, norm, method, w, state);
-  };
-  status = with_width<Real>(p.states, sweep);
-  if (status || !edge) return status;
-  const unsigned tiles = unsigned((p.states + kTile - 1) / kTile);
-  const size_t shared = 2 * carved<Real>(kDepth * kTile) + carved<Real>(256 / kWarp);
-  return launch(counts_kernel<Real>, dim3(tiles * tiles, unsigned(scaled_counts(p))), 256, shared, stream, p, workspace,
-                frames_a_range(p), grad, alpha, static_cast<const Real *>(w), method, edge);
+  });
+  return status || !edge ? status : counts(p, grad, alpha, w, method, edge, workspace, stream);
 }
 
 #define HMM_INSTANTIATE(Real)                                                                                            \

@@ -1,0 +1,87 @@
+// What the kernels of scaled probabilities share: the arcs made ready, the ranges of the certificates, and how frames are
+// weighed. The recursions are in scaled.cu, and when they are exact in csrc/cpu/scaled_arcs.h.
+#pragma once
+#include "device.h"
+#include "kernels.h"
+
+namespace hmm {
+
+constexpr int kTopBits = 30, kLowestTopBits = 18;
+constexpr double kLn2 = 0.6931471805599453;
+
+template <class Real> struct Range;
+template <> struct Range<float> {
+  static constexpr int kSmallestBits = -126, kEntryBits = -94, kArcBits = -100, kLeastSumBits = -18, kPrecision = 24;
+  static constexpr float kTiny = 1.17549435e-38f;
+};
+template <> struct Range<double> {
+  static constexpr int kSmallestBits = -1022, kEntryBits = -960, kArcBits = -980, kLeastSumBits = -370, kPrecision = 53;
+  static constexpr double kTiny = 2.2250738585072014e-308;
+};
+
+template <class Real> struct alignas(16) Four {
+  Real x, y, z, w;
+};
+
+// Which certificate applies to the sequences of a matrix, and what it demands.
+template <class Real> struct Certificate {
+  Real least;      // sums of messages must not be less
+  Real top;        // max c
+  int32_t mixing;  // all arcs allowed and within range: entries need not be looked at
+  int32_t usable;  // no allowed arc was flushed
+};
+
+// The arcs of one matrix, ready for use; and of their columns c(j), how far the lowest allowed arc lies below it, in nats,
+// and whether one is forbidden.
+template <class Real> struct Arcs {
+  Real *arcs, *top, *spread, *forbidden;  // (N, N), (N,), (N,), (N,) 0 or 1
+  Certificate<Real> *certificate;
+  static __host__ __device__ constexpr int64_t bytes(int64_t N) {
+    return (int64_t(sizeof(Real)) * (N * N + 3 * N) + 15) / 16 * 16 + int64_t(sizeof(Certificate<Real>) + 15) / 16 * 16;
+  }
+  __device__ Arcs(void *workspace, int64_t matrix, int64_t N)
+      : arcs(reinterpret_cast<Real *>(static_cast<char *>(workspace) + matrix * bytes(N))), top(arcs + N * N), spread(top + N),
+        forbidden(spread + N),
+        certificate(reinterpret_cast<Certificate<Real> *>(reinterpret_cast<char *>(arcs) + (int64_t(sizeof(Real)) * (N * N + 3 * N) + 15) / 16 * 16)) {}
+};
+inline int64_t matrices(const hmm_problem &p) { return p.transition_batch_stride ? p.batch : 1; }
+template <class Real> __device__ __forceinline__ Arcs<Real> arcs_of(const hmm_problem &p, void *workspace, int64_t sequence) {
+  return Arcs<Real>(workspace, p.transition_batch_stride ? sequence : 0, p.states);
+}
+
+// The maximum over the block, for all threads; `part` holds a number a warp. Two barriers.
+template <class Real> __device__ __forceinline__ Real block_max(Real x, Real *part) {
+  const int warps = blockDim.x / kWarp;
+  x = warp_max(x);
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) part[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  x = part[0];
+  for (int q = 1; q < warps; q++) x = fmax(x, part[q]);
+  return x;
+}
+
+// c(j) - max c; 0 for a column without arcs.
+template <class Real> __device__ __forceinline__ Real shift_of(Real c, Real top) {
+  return c == negative_infinity<Real>() ? Real(0) : c - top;
+}
+
+// What is not 0 stays at least 2^-126 (float); NaN stays NaN.
+template <class Real> __device__ __forceinline__ Real at_least_tiny(Real x) { return x < Range<Real>::kTiny ? Range<Real>::kTiny : x; }
+
+// exp(e + shift - top), 0 for a forbidden state and at least 2^-126 for others. Large scores may cancel: the sum is
+// compensated (Knuth's two-sum).
+template <class Real> __device__ __forceinline__ Real weight(Real e, Real shift, Real top) {
+  if (e == negative_infinity<Real>()) return Real(0);
+  const Real difference = e - top, part = difference - e, whole = difference + shift, other = whole - difference;
+  const Real lost = ((e - (difference - part)) + (-top - part)) + ((difference - (whole - other)) + (shift - other));
+  return at_least_tiny(exp(whole + lost));
+}
+
+// 2^k that brings a sum back to [2^30, 2^31), where it has left [2^18, 2^31).
+template <class Real> __device__ __forceinline__ int correction(Real total) {
+  if (total >= Real(1 << kLowestTopBits) && total < ldexp(Real(1), kTopBits + 1)) return 0;
+  return total > 0 && total <= ldexp(Real(1), -Range<Real>::kSmallestBits) ? kTopBits - ilogb(total) : 0;
+}
+
+}  // namespace hmm
