@@ -13,20 +13,28 @@ bool valid(const hmm_problem *p) {
   return p->batch == 0 || (p->initial && p->lengths && (p->time < 2 || p->transition) && (p->time_varying || !p->time || p->emission));
 }
 
+// Scaled probabilities within one kernel; or with a matrix product of the caller's a step, which hmm_cuda_forward and
+// hmm_cuda_backward do not do: they go through log space then.
 template <class Real> bool scaled(const hmm_problem &p) { return !p.time_varying && p.time > 0 && p.states <= scaled_states<Real>(); }
+template <class Real> bool in_steps(const hmm_problem &p) {
+  return !p.time_varying && p.time > 0 && !p.transition_batch_stride && p.states > scaled_states<Real>();
+}
 
 // Sums over the batch: how many sequences add up in one block of counts in log space, and how many such blocks there are.
 int64_t log_group(const hmm_problem &p) { return p.transition_batch_stride ? 1 : (p.batch + 15) / 16; }
 int64_t log_counts(const hmm_problem &p) { return (p.batch + log_group(p) - 1) / log_group(p); }
 bool summed_over_batch(const hmm_problem &p) { return !p.time_varying && !p.transition_batch_stride; }
 
-// What a pass works in, from the workspace's start on.
+// What a pass works in, from the workspace's start on: what the scaled kernels need, then blocks of N^2 counts to be added up.
 template <class Real> struct Workspace {
-  size_t for_scaled, counts = 0;  // bytes, blocks of N^2 numbers
-  Workspace(const hmm_problem &p, bool backward) : for_scaled(scaled<Real>(p) ? (scaled_workspace<Real>(p, backward) + 15) / 16 * 16 : 0) {
-    if (backward && summed_over_batch(p)) counts = size_t(log_counts(p) + (scaled<Real>(p) ? count_blocks(p) : 0));
+  size_t for_scaled = 0, blocks = 0;
+  Workspace(const hmm_problem &p, bool backward) {
+    if (scaled<Real>(p)) for_scaled = scaled_workspace<Real>(p, backward);
+    if (in_steps<Real>(p)) for_scaled = steps_workspace<Real>(p, backward);
+    for_scaled = (for_scaled + 15) / 16 * 16;
+    if (backward && summed_over_batch(p)) blocks = size_t(log_counts(p) + count_blocks(p));
   }
-  size_t bytes(const hmm_problem &p) const { return for_scaled + counts * size_t(p.states * p.states) * sizeof(Real); }
+  size_t bytes(const hmm_problem &p) const { return for_scaled + blocks * size_t(p.states * p.states) * sizeof(Real); }
 };
 
 template <class Real> __global__ void __launch_bounds__(256) sum_kernel(int64_t blocks, int64_t arcs, const Real *counts, Real *edge) {
@@ -46,28 +54,46 @@ int forward(const hmm_problem *p, Real *log_partition, Real *alpha, Real *norm, 
   return status ? status : log_space_forward(*p, true, log_partition, alpha, norm, centre, method, stream);
 }
 
+// The rest of a backward pass: what is to be done in log space, and the counts. u: what the scaled sweep left, or null.
+template <class Real>
+int finish(const hmm_problem &p, const Real *u, const Real *grad, const Real *log_partition, const Real *alpha, const Real *norm,
+           const Real *centre, const int32_t *method, Real *state, Real *edge, void *workspace, void *stream) {
+  const int64_t arcs = p.states * p.states;
+  const bool summed = summed_over_batch(p);
+  const Workspace<Real> room(p, true);
+  // Blocks of counts: those of the scaled sweep, which are set, then those in log space, which are added to.
+  Real *blocks = summed ? reinterpret_cast<Real *>(static_cast<char *>(workspace) + room.for_scaled) : edge, *in_log_space = blocks;
+  int64_t used = log_counts(p);
+  int status = HMM_OK;
+  if (edge && u) {
+    status = counts(p, grad, alpha, u, method, blocks, workspace, stream);
+    if (summed) in_log_space += count_blocks(p) * arcs, used += count_blocks(p);
+  }
+  if (!status && edge && !p.time_varying && (summed || !u))
+    status = fill_zeros(in_log_space, size_t(log_counts(p) * arcs) * sizeof(Real), stream);
+  if (!status)
+    status = log_space_backward(p, log_group(p), grad, log_partition, alpha, norm, centre, method, state, edge ? in_log_space : nullptr, stream);
+  if (status || !edge || !summed) return status;
+  return launch(sum_kernel<Real>, dim3(unsigned((arcs + 255) / 256)), 256, 0, stream, used, arcs, static_cast<const Real *>(blocks), edge);
+}
+
 template <class Real>
 int backward(const hmm_problem *p, const Real *grad, const Real *log_partition, const Real *alpha, const Real *norm,
              const Real *centre, const int32_t *method, Real *state, Real *edge, void *workspace, void *stream) {
   if (!valid(p)) return HMM_INVALID_ARGUMENT;
-  const int64_t arcs = p->states * p->states;
-  const bool summed = summed_over_batch(*p);
-  if (p->batch == 0) return edge && summed ? fill_zeros(edge, size_t(arcs) * sizeof(Real), stream) : HMM_OK;
-  const Workspace<Real> room(*p, true);
-  // Blocks of counts: the scaled sweep's, which it sets, then those in log space, which are added to.
-  Real *counts = !edge ? nullptr : summed ? reinterpret_cast<Real *>(static_cast<char *>(workspace) + room.for_scaled) : edge;
-  Real *log_counts_from = counts;
-  int status = HMM_OK;
+  if (p->batch == 0)
+    return edge && summed_over_batch(*p) ? fill_zeros(edge, size_t(p->states * p->states) * sizeof(Real), stream) : HMM_OK;
+  const Real *u = nullptr;
   if (scaled<Real>(*p)) {
-    status = scaled_backward(*p, grad, alpha, norm, centre, method, state, counts, workspace, stream);
-    if (edge && summed) log_counts_from += count_blocks(*p) * arcs;
+    const int status = scaled_backward(*p, grad, alpha, norm, centre, method, state, workspace, stream);
+    if (status) return status;
+    u = scaled_messages<Real>(*p, workspace);
   }
-  if (!status && edge && !p->time_varying && (summed || !scaled<Real>(*p)))
-    status = fill_zeros(log_counts_from, size_t(log_counts(*p) * arcs) * sizeof(Real), stream);
-  if (!status) status = log_space_backward(*p, log_group(*p), grad, log_partition, alpha, norm, centre, method, state, log_counts_from, stream);
-  if (status || !edge || !summed) return status;
-  return launch(sum_kernel<Real>, dim3(unsigned((arcs + 255) / 256)), 256, 0, stream, int64_t(room.counts), arcs,
-                static_cast<const Real *>(counts), edge);
+  return finish(*p, u, grad, log_partition, alpha, norm, centre, method, state, edge, workspace, stream);
+}
+
+template <class Real> bool valid_step(const hmm_problem *p, int64_t t) {
+  return valid(p) && p->batch > 0 && in_steps<Real>(*p) && t >= 0 && t < p->time;
 }
 
 }  // namespace
@@ -93,6 +119,40 @@ int backward(const hmm_problem *p, const Real *grad, const Real *log_partition, 
     return p->batch && samples ? hmm::sample(*p, samples, log_partition, alpha, method, uniform, states, stream) : HMM_OK; \
   }
 
+#define HMM_DEFINE_STEPS(suffix, Real)                                                                                   \
+  int hmm_cuda_steps_begin_##suffix(const hmm_problem *p, Real *alpha, Real *centre, void *workspace, void *stream) {    \
+    if (!hmm::valid_step<Real>(p, 0)) return HMM_INVALID_ARGUMENT;                                                       \
+    return hmm::steps_begin(*p, alpha, centre, workspace, stream);                                                       \
+  }                                                                                                                      \
+  int hmm_cuda_steps_forward_##suffix(const hmm_problem *p, int64_t t, const Real *product, Real *message, Real *alpha,  \
+                                      Real *norm, void *workspace, void *stream) {                                       \
+    if (!hmm::valid_step<Real>(p, t)) return HMM_INVALID_ARGUMENT;                                                       \
+    return hmm::steps_forward(*p, t, product, message, alpha, norm, workspace, stream);                                  \
+  }                                                                                                                      \
+  int hmm_cuda_steps_end_##suffix(const hmm_problem *p, Real *log_partition, Real *alpha, Real *norm, Real *centre,      \
+                                  int32_t *method, void *workspace, void *stream) {                                      \
+    if (!hmm::valid_step<Real>(p, 0)) return HMM_INVALID_ARGUMENT;                                                       \
+    const int status = hmm::steps_end<Real>(*p, log_partition, centre, method, workspace, stream);                       \
+    return status ? status : hmm::log_space_forward(*p, true, log_partition, alpha, norm, centre, method, stream);       \
+  }                                                                                                                      \
+  int hmm_cuda_steps_back_begin_##suffix(const hmm_problem *p, const Real *centre, void *workspace, void *stream) {      \
+    if (!hmm::valid_step<Real>(p, 0)) return HMM_INVALID_ARGUMENT;                                                       \
+    return hmm::steps_back_begin(*p, centre, workspace, stream);                                                         \
+  }                                                                                                                      \
+  int hmm_cuda_steps_backward_##suffix(const hmm_problem *p, int64_t t, const Real *grad, const Real *product,           \
+                                       Real *message, const Real *alpha, const Real *norm, const int32_t *method,        \
+                                       Real *state, void *workspace, void *stream) {                                     \
+    if (!hmm::valid_step<Real>(p, t)) return HMM_INVALID_ARGUMENT;                                                       \
+    return hmm::steps_backward(*p, t, grad, product, message, alpha, norm, method, state, workspace, stream);            \
+  }                                                                                                                      \
+  int hmm_cuda_steps_back_end_##suffix(const hmm_problem *p, const Real *grad, const Real *log_partition,                \
+                                       const Real *alpha, const Real *norm, const Real *centre, const int32_t *method,   \
+                                       Real *state, Real *edge, void *workspace, void *stream) {                         \
+    if (!hmm::valid_step<Real>(p, 0)) return HMM_INVALID_ARGUMENT;                                                       \
+    return hmm::finish(*p, static_cast<const Real *>(hmm::steps_messages<Real>(*p, workspace)), grad, log_partition,     \
+                       alpha, norm, centre, method, state, edge, workspace, stream);                                     \
+  }
+
 extern "C" {
 int64_t hmm_cuda_workspace(const hmm_problem *p, int32_t real_bytes, int32_t pass) {
   if (!hmm::valid(p) || (real_bytes != 4 && real_bytes != 8)) return -1;
@@ -101,4 +161,9 @@ int64_t hmm_cuda_workspace(const hmm_problem *p, int32_t real_bytes, int32_t pas
 }
 HMM_DEFINE(f32, float)
 HMM_DEFINE(f64, double)
+HMM_DEFINE_STEPS(f32, float)
+HMM_DEFINE_STEPS(f64, double)
+int hmm_cuda_in_steps(const hmm_problem *p, int32_t real_bytes) {
+  return hmm::valid(p) && p->batch > 0 && (real_bytes == 4 ? hmm::in_steps<float>(*p) : hmm::in_steps<double>(*p));
+}
 }

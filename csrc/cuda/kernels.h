@@ -32,15 +32,30 @@ int counts(const hmm_problem &p, const Real *grad, const Real *alpha, const Real
 
 // Scaled probabilities (scaled.cu), for transitions that do not vary over time and N of at most scaled_states<Real>().
 // Forward sets method to HMM_SCALED, or to HMM_REDONE where the result is not certified. Backward does the sequences of
-// HMM_SCALED; edge, null to skip, is as `counts` leaves it. workspace: scaled_workspace(p, backward) bytes.
+// HMM_SCALED and leaves scaled_messages, what `counts` takes as u, in the workspace of scaled_workspace(p, backward) bytes.
 template <class Real> int64_t scaled_states();
 template <class Real> size_t scaled_workspace(const hmm_problem &p, bool backward);
+template <class Real> Real *scaled_messages(const hmm_problem &p, void *workspace);
 template <class Real>
 int scaled_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Real *norm, Real *centre, int32_t *method,
                    void *workspace, void *stream);
 template <class Real>
 int scaled_backward(const hmm_problem &p, const Real *grad, const Real *alpha, const Real *norm, const Real *centre,
-                    const int32_t *method, Real *state, Real *edge, void *workspace, void *stream);
+                    const int32_t *method, Real *state, void *workspace, void *stream);
+
+// The same a step at a time, between matrix products of the caller's (steps.cu), for one matrix of transitions. product and
+// message: (B, N); the workspace begins with the arcs, (N, N).
+template <class Real> size_t steps_workspace(const hmm_problem &p, bool backward);
+template <class Real> Real *steps_messages(const hmm_problem &p, void *workspace);
+template <class Real> int steps_begin(const hmm_problem &p, Real *alpha, Real *centre, void *workspace, void *stream);
+template <class Real>
+int steps_forward(const hmm_problem &p, int64_t t, const Real *product, Real *message, Real *alpha, Real *norm, void *workspace, void *stream);
+template <class Real>
+int steps_end(const hmm_problem &p, Real *log_partition, const Real *centre, int32_t *method, void *workspace, void *stream);
+template <class Real> int steps_back_begin(const hmm_problem &p, const Real *centre, void *workspace, void *stream);
+template <class Real>
+int steps_backward(const hmm_problem &p, int64_t t, const Real *grad, const Real *product, Real *message, const Real *alpha,
+                   const Real *norm, const int32_t *method, Real *state, void *workspace, void *stream);
 
 template <class Real> int viterbi(const hmm_problem &p, Real *score, int16_t *pointers, int64_t *states, void *stream);
 

@@ -303,25 +303,29 @@ int scaled_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Real 
   });
 }
 
+template <class Real> Real *scaled_messages(const hmm_problem &p, void *workspace) {
+  return reinterpret_cast<Real *>(static_cast<char *>(workspace) + matrices(p) * Arcs<Real>::bytes(p.states));
+}
+
 template <class Real>
 int scaled_backward(const hmm_problem &p, const Real *grad, const Real *alpha, const Real *norm, const Real *centre,
-                    const int32_t *method, Real *state, Real *edge, void *workspace, void *stream) {
-  Real *w = reinterpret_cast<Real *>(static_cast<char *>(workspace) + matrices(p) * Arcs<Real>::bytes(p.states));
-  int status = prepare(p, false, const_cast<Real *>(centre), w, workspace, stream);
+                    const int32_t *method, Real *state, void *workspace, void *stream) {
+  Real *w = scaled_messages<Real>(p, workspace);
+  const int status = prepare(p, false, const_cast<Real *>(centre), w, workspace, stream);
   if (status) return status;
-  status = with_width<Real>(p.states, [&](auto width) {
+  return with_width<Real>(p.states, [&](auto width) {
     constexpr int K = decltype(width)::value;
     return launch(backward_kernel<K, Real>, dim3(unsigned(p.batch)), threads_of(p.states), Rows<K, Real>::bytes(), stream, p,
                   workspace, grad, alpha, norm, method, w, state);
   });
-  return status || !edge ? status : counts(p, grad, alpha, w, method, edge, workspace, stream);
 }
 
 #define HMM_INSTANTIATE(Real)                                                                                            \
   template size_t scaled_workspace<Real>(const hmm_problem &, bool);                                                     \
   template int scaled_forward<Real>(const hmm_problem &, Real *, Real *, Real *, Real *, int32_t *, void *, void *);     \
+  template Real *scaled_messages<Real>(const hmm_problem &, void *);                                                     \
   template int scaled_backward<Real>(const hmm_problem &, const Real *, const Real *, const Real *, const Real *,        \
-                                     const int32_t *, Real *, Real *, void *, void *);
+                                     const int32_t *, Real *, void *, void *);
 HMM_INSTANTIATE(float)
 HMM_INSTANTIATE(double)
 

@@ -243,6 +243,36 @@ HMM_API int hmm_cuda_backward_f32(const hmm_problem *, const float *grad, const 
 HMM_API int hmm_cuda_backward_f64(const hmm_problem *, const double *grad, const double *log_partition, const double *alpha,
                                   const double *norm, const double *centre, const int32_t *method, double *state,
                                   double *edge, void *workspace, void *stream);
+/* The same, with a matrix product a step that the caller does with the library of their choice, in full precision: for one
+ * matrix of transitions and many states. Where hmm_cuda_in_steps says 1, hmm_cuda_forward works too, more slowly.
+ *   forward:  begin; for t = 0 .. T-1: product = message A where t > 0, steps_forward(t); end.
+ *   backward: back_begin; for t = T-1 .. 0: product = message A^T where t < T-1, steps_backward(t); back_end.
+ * product, message (B, N); A (N, N) is what the workspace begins with. */
+HMM_API int hmm_cuda_in_steps(const hmm_problem *, int32_t real_bytes);
+HMM_API int hmm_cuda_steps_begin_f32(const hmm_problem *, float *alpha, float *centre, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_forward_f32(const hmm_problem *, int64_t t, const float *product, float *message, float *alpha,
+                                       float *norm, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_end_f32(const hmm_problem *, float *log_partition, float *alpha, float *norm, float *centre,
+                                   int32_t *method, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_back_begin_f32(const hmm_problem *, const float *centre, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_backward_f32(const hmm_problem *, int64_t t, const float *grad, const float *product,
+                                        float *message, const float *alpha, const float *norm, const int32_t *method,
+                                        float *state, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_back_end_f32(const hmm_problem *, const float *grad, const float *log_partition,
+                                        const float *alpha, const float *norm, const float *centre, const int32_t *method,
+                                        float *state, float *edge, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_begin_f64(const hmm_problem *, double *alpha, double *centre, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_forward_f64(const hmm_problem *, int64_t t, const double *product, double *message, double *alpha,
+                                       double *norm, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_end_f64(const hmm_problem *, double *log_partition, double *alpha, double *norm, double *centre,
+                                   int32_t *method, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_back_begin_f64(const hmm_problem *, const double *centre, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_backward_f64(const hmm_problem *, int64_t t, const double *grad, const double *product,
+                                        double *message, const double *alpha, const double *norm, const int32_t *method,
+                                        double *state, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_back_end_f64(const hmm_problem *, const double *grad, const double *log_partition,
+                                        const double *alpha, const double *norm, const double *centre, const int32_t *method,
+                                        double *state, double *edge, void *workspace, void *stream);
 /* pointers: (B, T, N) int16, workspace. */
 HMM_API int hmm_cuda_viterbi_f32(const hmm_problem *, float *score, int16_t *pointers, int64_t *states, void *stream);
 HMM_API int hmm_cuda_viterbi_f64(const hmm_problem *, double *score, int16_t *pointers, int64_t *states, void *stream);
