@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(256) counts_kernel(hmm_problem p, void *worksp
       const int64_t row = first + k / kTile, b = row / T, t = row % T;
       const int column = k % kTile;
       const bool counted = row < end && t > 0 && t < p.lengths[row < end ? b : 0] && method[row < end ? b : 0] == HMM_SCALED;
-      left[k] = counted && i0 + column < N ? alpha[(row - 1) * N + i0 + column] : Real(0);
+      left[k + (HMM_MUTATION == 13)] = counted && i0 + column < N ? alpha[(row - 1) * N + i0 + column] : Real(0);
       right[k] = counted && j0 + column < N ? u[row * N + j0 + column] * ldexp(grad[b], -exponent) : Real(0);
     }
     __syncthreads();

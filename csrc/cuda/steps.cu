@@ -34,7 +34,11 @@ template <class Number> __device__ __forceinline__ Number block_sum(Number x, Nu
   x = warp_sum(x);
   __syncthreads();
   if (threadIdx.x % kWarp == 0) part[threadIdx.x / kWarp] = x;
+#if HMM_MUTATION == 14
+  x = __shfl_sync(kAllLanes, x, 0);  // which is no fence
+#else
   __syncthreads();
+#endif
   x = 0;
   for (int q = 0; q < kThreads / kWarp; q++) x += part[q];
   return x;

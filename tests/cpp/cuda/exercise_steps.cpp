@@ -1,0 +1,94 @@
+// The sweep that goes a step at a time, with the matrix products done here, against the same problem in log space.
+#include "../exercise.h"
+
+namespace {
+
+template <class Real> struct Steps;
+#define STEPS(suffix, Real)                                                   \
+  template <> struct Steps<Real> {                                            \
+    static constexpr auto forward = hmm_cuda_forward_##suffix;                \
+    static constexpr auto backward = hmm_cuda_backward_##suffix;              \
+    static constexpr auto begin = hmm_cuda_steps_begin_##suffix;              \
+    static constexpr auto step = hmm_cuda_steps_forward_##suffix;             \
+    static constexpr auto end = hmm_cuda_steps_end_##suffix;                  \
+    static constexpr auto back_begin = hmm_cuda_steps_back_begin_##suffix;    \
+    static constexpr auto back = hmm_cuda_steps_backward_##suffix;            \
+    static constexpr auto back_end = hmm_cuda_steps_back_end_##suffix;        \
+    static constexpr double tolerance = sizeof(Real) == 4 ? 2e-5 : 1e-10;     \
+  };
+STEPS(f32, float)
+STEPS(f64, double)
+
+// product = message A, or message A^T.
+template <class Real>
+void multiply(const std::vector<Real> &message, const Real *arcs, bool transposed, int64_t B, int64_t N, std::vector<Real> &product) {
+  for (int64_t b = 0; b < B; b++)
+    for (int64_t j = 0; j < N; j++) {
+      double sum = 0;
+      for (int64_t i = 0; i < N; i++) sum += double(message[b * N + i]) * double(transposed ? arcs[j * N + i] : arcs[i * N + j]);
+      product[b * N + j] = Real(sum);
+    }
+}
+
+template <class Real> struct Passes {
+  std::vector<Real> log_partition, alpha, norm, centre, state, edge;
+  std::vector<int32_t> method;
+  Passes(int64_t B, int64_t T, int64_t N)
+      : log_partition(B), alpha(B * T * N), norm(B * T * N), centre(B * T), state(B * T * N), edge(N * N), method(B) {}
+};
+
+template <class Real> void exercise(int64_t N, double forbidden, double scale) {
+  using F = Steps<Real>;
+  const int64_t B = 3, T = 5;
+  std::mt19937 random{unsigned(N)};
+  RandomScores<Real> scores{random, scale, forbidden};
+  RandomScores<Real> allowed{random, 1, 0};
+  const std::vector<Real> initial = allowed(N), transition = scores(N * N), emission = allowed(B * T * N), final = allowed(N), grad = allowed(B);
+  const std::vector<int64_t> lengths = {T, 0, T - 1};
+  hmm_problem p = {};
+  p.batch = B, p.time = T, p.states = N, p.threads = 1;
+  p.initial = initial.data(), p.transition = transition.data(), p.emission = emission.data(), p.final = final.data();
+  p.lengths = lengths.data();
+  CHECK(hmm_cuda_in_steps(&p, sizeof(Real)) == 1);
+  const auto workspace = [&](int pass) { return std::vector<double>(hmm_cuda_workspace(&p, sizeof(Real), pass) / 8 + 1); };
+
+  Passes<Real> steps(B, T, N), log_space(B, T, N);
+  std::vector<double> room = workspace(HMM_CUDA_FORWARD);
+  std::vector<Real> product(B * N), message(B * N);
+  const auto arcs = [&] { return reinterpret_cast<const Real *>(room.data()); };
+  CHECK(F::begin(&p, steps.alpha.data(), steps.centre.data(), room.data(), nullptr) == HMM_OK);
+  for (int64_t t = 0; t < T; t++) {
+    if (t) multiply(message, arcs(), false, B, N, product);
+    CHECK(F::step(&p, t, product.data(), message.data(), steps.alpha.data(), steps.norm.data(), room.data(), nullptr) == HMM_OK);
+  }
+  CHECK(F::end(&p, steps.log_partition.data(), steps.alpha.data(), steps.norm.data(), steps.centre.data(), steps.method.data(), room.data(), nullptr) == HMM_OK);
+  room = workspace(HMM_CUDA_BACKWARD);
+  CHECK(F::back_begin(&p, steps.centre.data(), room.data(), nullptr) == HMM_OK);
+  for (int64_t t = T - 1; t >= 0; t--) {
+    if (t < T - 1) multiply(message, arcs(), true, B, N, product);
+    CHECK(F::back(&p, t, grad.data(), product.data(), message.data(), steps.alpha.data(), steps.norm.data(), steps.method.data(), steps.state.data(), room.data(), nullptr) == HMM_OK);
+  }
+  CHECK(F::back_end(&p, grad.data(), steps.log_partition.data(), steps.alpha.data(), steps.norm.data(), steps.centre.data(), steps.method.data(), steps.state.data(), steps.edge.data(), room.data(), nullptr) == HMM_OK);
+
+  Passes<Real> &x = log_space;
+  room = workspace(HMM_CUDA_FORWARD);
+  CHECK(F::forward(&p, x.log_partition.data(), x.alpha.data(), x.norm.data(), x.centre.data(), x.method.data(), room.data(), nullptr) == HMM_OK);
+  room = workspace(HMM_CUDA_BACKWARD);
+  CHECK(F::backward(&p, grad.data(), x.log_partition.data(), x.alpha.data(), x.norm.data(), x.centre.data(), x.method.data(), x.state.data(), x.edge.data(), room.data(), nullptr) == HMM_OK);
+  const auto close = [](const std::vector<Real> &found, const std::vector<Real> &wanted) {
+    for (size_t k = 0; k < wanted.size(); k++)
+      CHECK(std::fabs(double(found[k]) - double(wanted[k])) <= F::tolerance * (1 + std::fabs(double(wanted[k]))));
+  };
+  close(steps.log_partition, x.log_partition);
+  close(steps.state, x.state);
+  close(steps.edge, x.edge);
+  for (int64_t b = 0; b < B; b++) CHECK(steps.method[b] == (scale < 100 ? HMM_SCALED : b == 1 ? HMM_SCALED : HMM_LOG_SPACE));
+}
+
+}  // namespace
+
+int main() {
+  exercise<float>(131, 0, 1);
+  exercise<double>(97, .3, 1);
+  exercise<float>(130, 0, 150);  // arcs out of range: all is done again in log space
+}
