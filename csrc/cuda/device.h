@@ -12,6 +12,10 @@
 
 #include "hmm_speech.h"
 
+#ifndef HMM_MUTATION
+#define HMM_MUTATION 0  // k > 0: the k-th bug on purpose, which a test must catch
+#endif
+
 #ifdef HMM_ON_CPU
 #include "on_cpu.h"
 #else
