@@ -228,7 +228,7 @@ template <class Real, bool Tiled> struct Backward {
                                        const Real *centre, Real *state, const Edges<Real> &edges) {
     const int N = o.states, thread = threadIdx.x, threads = blockDim.x;
     int64_t t = q.length - 1;
-    ring.start(q.arcs(t), -q.stride, t);
+    ring.start(t > 0 ? q.arcs(t) : q.transition, -q.stride, t);
     Real sum = 0, norm_j = 0, alpha_j = 0;  // the thread's rows; its column's, where that is one
     Real *previous = Tiled ? state + t * N : shared_previous;
     for (int j = thread; j < N; j += threads) sum += previous[j] = exp(alpha[t * N + j]);
@@ -297,7 +297,8 @@ int log_space_forward(const hmm_problem &p, bool lost_only, Real *log_partition,
   if (p.batch == 0) return HMM_OK;
   constexpr int kTile = 256;
   const bool tiled = p.states > kMostThreads;
-  const Tiling o = tiling_of<Real>(p.states, kMostThreads, kMostThreads, kTile, forward_fixed<Real>(tiled ? kTile : kMostThreads, p.states, tiled));
+  const int most = tiled ? kTile : kMostThreads;
+  const Tiling o = tiling_of<Real>(p.states, most, kMostThreads, kTile, forward_fixed<Real>(most, p.states, tiled));
   const size_t bytes = Ring<Real, true>::bytes(o) + forward_fixed<Real>(o.threads, p.states, tiled);
   return launch(tiled ? forward_kernel<Real, true> : forward_kernel<Real, false>, dim3(unsigned(p.batch)), o.threads, bytes, stream, p,
                 o, lost_only, log_partition, alpha, norm, centre, method);
@@ -309,7 +310,7 @@ int log_space_backward(const hmm_problem &p, int group, const Real *grad, const 
   if (p.batch == 0) return HMM_OK;
   constexpr int kThreads = 256, kTile = 128;
   const bool tiled = p.states > kTile, summed = edge && !p.time_varying;
-  Tiling o = tiling_of<Real>(p.states, kThreads, kTile, kTile, backward_fixed<Real>(kThreads, p.states, tiled));
+  const Tiling o = tiling_of<Real>(p.states, kThreads, kTile, kTile, backward_fixed<Real>(kThreads, p.states, tiled));
   const int together = summed ? group : 1;
   const size_t bytes = Ring<Real, true>::bytes(o) + backward_fixed<Real>(o.threads, p.states, tiled);
   return launch(tiled ? backward_kernel<Real, true> : backward_kernel<Real, false>, dim3(unsigned((p.batch + together - 1) / together)),

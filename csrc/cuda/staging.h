@@ -23,18 +23,19 @@ struct Tiling {
   int slot;
 };
 
-// `fixed`: bytes of shared memory that the kernel needs beside the ring.
+// Whole rows where N is at most most_width, and as many threads as repay themselves; else tiles of `width` columns and all
+// of most_threads. `fixed`: bytes of shared memory that the kernel needs beside the ring.
 template <class Real> Tiling tiling_of(int64_t states, int most_threads, int most_width, int width, size_t fixed) {
   constexpr int V = 16 / int(sizeof(Real));
   const int N = int(states);
-  const int wanted = min(most_threads, N <= 8 ? 32 : N <= 16 ? 64 : N <= 32 ? 128 : N <= 64 ? 256 : 512);
+  const bool tiled = N > most_width;
   Tiling o = {};
   o.states = N;
-  o.width = N <= most_width ? N : width;
+  o.width = tiled ? width : N;
   o.tiles = (N + o.width - 1) / o.width;
-  o.groups = max(1, min(N, wanted / o.width));
-  o.threads = (o.groups * o.width + kWarp - 1) / kWarp * kWarp;
-  const bool tiled = o.tiles > 1;
+  const int wanted = min(most_threads, N <= 8 ? 32 : N <= 16 ? 64 : N <= 32 ? 128 : N <= 64 ? 256 : 512);
+  o.groups = tiled ? 1 : max(1, min(N, wanted / N));
+  o.threads = tiled ? most_threads : (o.groups * N + kWarp - 1) / kWarp * kWarp;
   o.pitch = tiled ? (o.width + 2 * V - 2) / V * V : 0;
   const int left = (48 * 1024 - int(fixed)) / kStages / int(sizeof(Real)) - V;
   int most = max(1, min(N, min(8 * 1024 / int(sizeof(Real)), left) / (tiled ? o.pitch : N)));

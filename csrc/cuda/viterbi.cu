@@ -165,7 +165,8 @@ template <class Real> int viterbi(const hmm_problem &p, Real *score, int16_t *po
   if (p.batch == 0) return HMM_OK;
   constexpr int kTile = 256;
   const bool tiled = p.states > kMostThreads;
-  const Tiling o = tiling_of<Real>(p.states, kMostThreads, kMostThreads, kTile, fixed_bytes<Real>(tiled ? kTile : kMostThreads, p.states, tiled));
+  const int most = tiled ? kTile : kMostThreads;
+  const Tiling o = tiling_of<Real>(p.states, most, kMostThreads, kTile, fixed_bytes<Real>(most, p.states, tiled));
   const size_t bytes = Ring<Real, true>::bytes(o) + fixed_bytes<Real>(o.threads, p.states, tiled);
   return launch(tiled ? viterbi_kernel<Real, true> : viterbi_kernel<Real, false>, dim3(unsigned(p.batch)), o.threads, bytes, stream, p, o,
                 score, pointers, states);
