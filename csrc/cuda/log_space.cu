@@ -1,0 +1,327 @@
+// Forward-backward in log space, for transitions that vary over time and for whatever scaled.cu cannot certify.
+//
+//   c_t(j)     = max_i [alpha_{t-1}(i) + phi_t(i, j)]
+//   norm_t(j)  = c_t(j) - C_t + log sum_i exp(alpha_{t-1}(i) + phi_t(i, j) - c_t(j)),        C_t = max_j c_t(j)
+//   alpha_t(j) = norm_t(j) + (e_t(j) - max e_t) - M_t,                                      max_j alpha_t(j) = 0
+//   log Z      = log sum_j exp(alpha_{L-1}(j) + f(j)) + sum_t (C_t + max e_t + M_t)         (the sum in float64)
+//   p(z_{t-1} = i, z_t = j | x) = exp(phi_t(i, j) - C_t - u_t(j) + alpha_{t-1}(i)),          u_t(j) = norm_t(j) - log gamma_t(j)
+//   gamma_{t-1}(i) = sum_j p(z_{t-1} = i, z_t = j | x) / what these sum to over i
+//
+// (csrc/cpu/log_space.h: every difference is between numbers of like size, messages are centred at every step.)
+//
+// A block goes through the frames of one sequence; scores pass through shared memory (staging.h). Forward, N / 32 warps or
+// more hold a column a thread, several threads a column for N up to 256; a thread takes eight arcs at once, their maximum
+// before their exponentials, of which there is one an arc and one more for every eight. Backward, up to 32 lanes go along
+// a row, four rows at once. M_t is subtracted where alpha is read, which saves a barrier.
+// Cost a step, N^2 arcs, forward: an exponential, 2 maxima, 5 additions an arc, 4 (8 in float64) bytes read, and 16 N bytes;
+// backward: an exponential, 4 additions, a product, 4 bytes read, 4 written where edges are asked for. Barriers a step: 1
+// and one a chunk of 8 KB: 2 for N up to 45 in float32, 3 for N = 50, 9 for 128. Edges that are summed over time are added in
+// global memory (N^2 numbers, in the second level's cache), always by the thread that has the arc.
+// Limits: N at most 4096, T none. Shared memory within 48 KB. Compiled and executed on the CPU, not timed.
+#include "kernels.h"
+#include "staging.h"
+
+namespace hmm {
+namespace {
+
+// ---- forward
+
+template <class Real> size_t forward_fixed(int threads, int64_t N, bool tiled) {
+  return carved<Real>(N) + (tiled ? 0 : 2 * carved<Real>(threads)) + carved<Real>(4 * (threads / kWarp)) + carved<double>(threads / kWarp);
+}
+
+// One more batch of rows for a column: (top, sum) = their log-sum, sum * exp(top), with those of rows `group`, group +
+// groups, ... of a chunk. Messages are `middle` above what they should be.
+template <class Real, bool Tiled>
+__device__ __forceinline__ void log_sum_rows(const Chunk<Real, Tiled> &c, const Real *messages, Real middle, int group,
+                                             int groups, int column, Real &top, Real &sum) {
+  constexpr int kBatch = 8;
+  for (int first = group; first < c.rows; first += kBatch * groups) {
+    Real x[kBatch], a[kBatch], larger = top;
+#pragma unroll
+    for (int k = 0; k < kBatch; k++) {
+      const int r = first + k * groups;
+      x[k] = negative_infinity<Real>(), a[k] = 0;
+      if (r < c.rows) x[k] = c[r][column + (HMM_MUTATION == 2)], a[k] = messages[c.row + r] - middle;
+      larger = fmax(larger, x[k] + a[k]);
+    }
+    const Real from = or_zero(larger);
+    sum *= exp(top - from);
+#pragma unroll
+    for (int k = 0; k < kBatch; k++)
+      if (first + k * groups < c.rows) sum += exp((x[k] - from) + a[k]);
+    top = larger;
+  }
+}
+
+template <class Real, bool Tiled>
+__global__ void __launch_bounds__(kMostThreads)
+    forward_kernel(hmm_problem p, Tiling o, bool lost_only, Real *log_partition, Real *alpha, Real *norm, Real *centre, int32_t *method) {
+  const Real ninf = negative_infinity<Real>();
+  const int64_t b = blockIdx.x;
+  if (lost_only && method[b] != HMM_REDONE) return;  // the whole block
+  HMM_SHARED_MEMORY(memory);
+  const int N = o.states, thread = threadIdx.x, threads = blockDim.x, warp = thread / kWarp, warps = threads / kWarp;
+  Ring<Real, Tiled> ring(o, memory);
+  Real *const messages = carve<Real>(memory, N);  // norm_t + emissions, before M_t is taken out
+  Real *const partial_top = Tiled ? nullptr : carve<Real>(memory, threads), *const partial_sum = Tiled ? nullptr : carve<Real>(memory, threads);
+  Real *const warp_tops = carve<Real>(memory, 4 * warps);  // of c_t, alpha_t, e_t, f
+  double *const totals = carve<double>(memory, warps);
+  const Sequence<Real> q(p, b);
+  alpha += b * p.time * N, norm += b * p.time * N, centre += b * p.time;
+
+  const int group = Tiled ? 0 : thread / N, column = Tiled ? thread : thread % N;
+  double offset = 0;  // of thread 0
+  Real middle = 0;
+  int64_t t = 0;
+  ring.start(q.arcs(1), q.stride, q.length - 1);
+  Chunk<Real, Tiled> chunk = {};
+  for (bool goes_on = q.length > 0; goes_on; t++) {
+    Frame<Real> frame(q, t);
+    Real *const norm_t = norm + t * N, *const alpha_t = alpha + t * N;
+    Real top_c = ninf;
+    if (t == 0)
+      for (int j = thread; j < N; j += threads) top_c = fmax(top_c, q.initial[j]);
+    else
+      for (int tile = 0; tile < o.tiles; tile++) {
+        Real top = ninf, sum = 0;
+        for (int n = 0; n < o.chunks; n++) {
+          if (tile + n > 0) chunk = ring.arrive(q.arcs(t), tile, n);
+          if (group < o.groups && column < chunk.columns) log_sum_rows(chunk, messages, middle, group, o.groups, column, top, sum);
+        }
+        top_c = fmax(top_c, top);
+        if (!Tiled) partial_top[thread] = top, partial_sum[thread] = sum;
+        else if (column < chunk.columns) {  // until C_t is known
+          norm_t[chunk.column + column] = top;
+          alpha_t[chunk.column + column] = sum == 0 ? Real(0) : log(sum);
+        }
+      }
+    top_c = warp_max(top_c);
+    if (thread % kWarp == 0) warp_tops[warp] = top_c;
+    frame.share(warp_tops + 2 * warps);
+#if HMM_MUTATION != 1
+    __syncthreads();
+#endif
+    const Real C = or_zero(largest_of(warp_tops, warps));
+    frame.gather(warp_tops + 2 * warps);
+    Real largest = ninf;
+    for (int j = thread; j < N; j += threads) {
+      Real c, log_sum = 0;
+      if (t == 0) c = q.initial[j];
+      else if (Tiled) c = norm_t[j], log_sum = alpha_t[j];
+      else {
+        c = ninf;
+        for (int g = 0; g < o.groups; g++) c = fmax(c, partial_top[g * N + j]);
+        Real sum = 0;
+        for (int g = 0; g < o.groups; g++) sum += partial_sum[g * N + j] * exp(partial_top[g * N + j] - or_zero(c));
+        if (sum != 0) log_sum = log(sum);
+      }
+      const Real normal = (c - C) + log_sum, message = frame.template added<Tiled>(normal, j);
+      norm_t[j] = normal;
+      messages[j] = message;
+      largest = larger_or_nan(largest, message);
+    }
+    largest = warp_larger_or_nan(largest);
+    if (thread % kWarp == 0) warp_tops[warps + warp] = largest;
+    const bool last = t + 1 == q.length;
+    if (last) __syncthreads();
+    else chunk = ring.arrive(q.arcs(t + 1), 0, 0);
+    middle = largest_of(warp_tops + warps, warps);
+    const bool feasible = middle - middle == 0;
+    goes_on = feasible && !last;
+    for (int j = thread; j < N; j += threads) alpha_t[j] = feasible ? messages[j] - middle : messages[j];
+    if (thread == 0) {
+      centre[t] = C;
+      offset += double(C) + double(frame.top_e) + double(frame.top_f) + double(middle);
+    }
+  }
+  ring.stop();
+
+  const bool feasible = middle - middle == 0;
+  double total = 0;
+  if (feasible && q.length > 0)
+    for (int j = thread; j < N; j += threads) total += exp(double(messages[j] - middle));
+  total = warp_sum(total);
+  if (thread % kWarp == 0) totals[warp] = total;
+  __syncthreads();
+  set(alpha + t * N, (p.time - t) * N, Real(0));
+  set(norm + t * N, (p.time - t) * N, Real(0));
+  set(centre + t, p.time - t, Real(0));
+  if (thread != 0) return;
+  for (int w = 1; w < warps; w++) total += totals[w];
+  const double z = q.length == 0 ? 0 : feasible ? offset + log(total) : middle == ninf ? double(ninf) : double(middle) - double(middle);
+  log_partition[b] = Real(z);
+  method[b] = HMM_LOG_SPACE;
+}
+
+// ---- backward
+
+template <class Real> size_t backward_fixed(int threads, int64_t N, bool tiled) {
+  return (tiled ? 1 : 3) * carved<Real>(N) + carved<Real>(threads / kWarp);
+}
+
+// Where a block adds or writes edge posteriors.
+template <class Real> struct Edges {
+  Real *first;  // null for none
+  bool added;   // all frames into one, else one N^2 a frame
+
+  __device__ __forceinline__ Real *of(int64_t t, int64_t arcs) const { return first && !added ? first + (t - 1) * arcs : first; }
+};
+
+// Posteriors of the arcs of a chunk, times grad, to `edge` (null for none), and their sums over the chunk's columns, added
+// to `previous` but for the first tile. A row belongs to `lanes` lanes; returns what this thread's rows sum to.
+template <class Real, bool Tiled>
+__device__ __forceinline__ Real posterior_rows(const Chunk<Real, Tiled> &c, const Real *messages, const Real *u, Real C, Real grad,
+                                               int lanes, Real *previous, Real *edge, bool added) {
+  constexpr int kBatch = 4;
+  const int rows_at_once = blockDim.x / lanes, lane = int(threadIdx.x) & (lanes - 1);
+  Real all = 0;
+  for (int first = 0; first < c.rows; first += kBatch * rows_at_once) {
+    const int mine = first + threadIdx.x / lanes;
+    Real a[kBatch], sum[kBatch];
+#pragma unroll
+    for (int k = 0; k < kBatch; k++) {
+      const int r = mine + k * rows_at_once;
+      a[k] = r < c.rows ? messages[c.row + r] : Real(0), sum[k] = 0;
+    }
+    for (int j = lane; j < c.columns; j += lanes) {
+      const Real u_j = u[c.column + j];
+#pragma unroll
+      for (int k = 0; k < kBatch; k++) {
+        const int r = mine + k * rows_at_once;
+        if (r >= c.rows) continue;
+        const Real probability = exp(((c[r][j] - C) - u_j) + a[k]);
+        sum[k] += probability;
+        if (!edge) continue;
+        Real *const out = edge + int64_t(c.row + r) * c.states + c.column + j;
+        *out = added ? *out + grad * probability : grad * probability;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kBatch; k++) {
+      const int r = mine + k * rows_at_once;
+      for (int n = lanes / 2; n > 0; n /= 2) sum[k] += __shfl_xor_sync(kAllLanes, sum[k], n);
+      if (r >= c.rows) continue;
+      all += sum[k];
+      if (lane == 0) previous[c.row + r] = Tiled && c.column > 0 ? previous[c.row + r] + sum[k] : sum[k];
+    }
+  }
+  return all;
+}
+
+template <class Real, bool Tiled> struct Backward {
+  const hmm_problem &p;
+  const Tiling &o;
+  Ring<Real, Tiled> ring;
+  Real *const u, *const shared_messages, *const shared_previous, *const warp_sums;
+  int lanes;  // that share a row
+
+  __device__ __forceinline__ Backward(const hmm_problem &problem, const Tiling &tiling, unsigned char *memory)
+      : p(problem), o(tiling), ring(tiling, memory), u(carve<Real>(memory, o.states)),
+        shared_messages(Tiled ? nullptr : carve<Real>(memory, o.states)),
+        shared_previous(Tiled ? nullptr : carve<Real>(memory, o.states)), warp_sums(carve<Real>(memory, blockDim.x / kWarp)) {
+    for (lanes = 1; lanes < o.width && lanes < kWarp;) lanes *= 2;
+  }
+
+  // alpha, norm, centre, state: of the sequence.
+  __device__ __forceinline__ void walk(const Sequence<Real> &q, Real grad, const Real *alpha, const Real *norm,
+                                       const Real *centre, Real *state, const Edges<Real> &edges) {
+    const int N = o.states, thread = threadIdx.x, threads = blockDim.x;
+    int64_t t = q.length - 1;
+    ring.start(t > 0 ? q.arcs(t) : q.transition, -q.stride, t);
+    Real sum = 0, norm_j = 0, alpha_j = 0;  // the thread's rows; its column's, where that is one
+    Real *previous = Tiled ? state + t * N : shared_previous;
+    for (int j = thread; j < N; j += threads) sum += previous[j] = exp(alpha[t * N + j]);
+    sum = warp_sum(sum);
+    for (;; t--) {
+      if (thread % kWarp == 0) warp_sums[thread / kWarp] = sum;
+      const Real C = centre[t];
+      if (!Tiled && thread < N && t > 0) norm_j = norm[t * N + thread], alpha_j = alpha[(t - 1) * N + thread];
+      __syncthreads();
+      // The mass of gamma is exact: normalising it here keeps rounding errors from adding up over time.
+      const Real scale = 1 / sum_of(warp_sums, threads / kWarp);
+      for (int j = thread; j < N; j += threads) {
+        const Real gamma = previous[j] * scale;
+        state[t * N + j] = gamma * grad;
+        if (t == 0) continue;
+        u[j] = gamma == 0 ? Real(1e37) : (Tiled ? norm[t * N + j] : norm_j) - log(gamma);
+        if (!Tiled) shared_messages[j] = alpha_j;
+      }
+      if (t == 0) break;
+      const Real *const messages = Tiled ? alpha + (t - 1) * N : shared_messages;
+      previous = Tiled ? state + (t - 1) * N : shared_previous;
+      sum = 0;
+      for (int tile = 0; tile < o.tiles; tile++)
+        for (int n = 0; n < o.chunks; n++) {
+          const Chunk<Real, Tiled> chunk = ring.arrive(q.arcs(t), tile, n);
+          sum += posterior_rows(chunk, messages, u, C, grad, lanes, previous, edges.of(t, int64_t(N) * N), edges.added);
+        }
+      for (int n = lanes; n < kWarp; n *= 2) sum += __shfl_xor_sync(kAllLanes, sum, n);
+    }
+    __syncthreads();  // before the next sequence
+  }
+};
+
+template <class Real, bool Tiled>
+__global__ void __launch_bounds__(kMostThreads)
+    backward_kernel(hmm_problem p, Tiling o, int group, const Real *grad, const Real *log_partition, const Real *alpha, const Real *norm,
+                    const Real *centre, const int32_t *method, Real *state, Real *edge) {
+  HMM_SHARED_MEMORY(memory);
+  Backward<Real, Tiled> backward(p, o, memory);
+  const int64_t T = p.time, N = o.states, steps = T > 1 ? T - 1 : 0, first = int64_t(blockIdx.x) * group;
+  for (int64_t b = first; b < first + group && b < p.batch; b++) {
+    if (method[b] != HMM_LOG_SPACE) continue;
+    const Sequence<Real> q(p, b);
+    const Real z = log_partition[b], g = grad[b];
+    const int64_t used = q.length > 1 ? q.length - 1 : 0;
+    const Edges<Real> edges = {edge ? edge + (p.time_varying ? b * steps : int64_t(blockIdx.x)) * N * N : nullptr, !p.time_varying};
+    Real *const states = state + b * T * N;
+    const bool nan = z != z || z == -negative_infinity<Real>();
+    if (nan || g == 0 || z == negative_infinity<Real>() || q.length == 0) {
+      const Real value = nan ? z - z : Real(0);
+      set(states, q.length * N, value);
+      if (edge && (nan || !edges.added)) set(edges.first, (edges.added ? used > 0 : used) * N * N, value);
+      __syncthreads();  // edges that are added to belong to other threads
+    } else backward.walk(q, g, alpha + b * T * N, norm + b * T * N, centre + b * T, states, edges);
+    set(states + q.length * N, (T - q.length) * N, Real(0));
+    if (edge && !edges.added) set(edges.first + used * N * N, (steps - used) * N * N, Real(0));
+  }
+  backward.ring.stop();
+}
+
+}  // namespace
+
+template <class Real>
+int log_space_forward(const hmm_problem &p, bool lost_only, Real *log_partition, Real *alpha, Real *norm, Real *centre,
+                      int32_t *method, void *stream) {
+  if (p.batch == 0) return HMM_OK;
+  constexpr int kTile = 256;
+  const bool tiled = p.states > kMostThreads;
+  const int most = tiled ? kTile : kMostThreads;
+  const Tiling o = tiling_of<Real>(p.states, most, kMostThreads, kTile, forward_fixed<Real>(most, p.states, tiled));
+  const size_t bytes = Ring<Real, true>::bytes(o) + forward_fixed<Real>(o.threads, p.states, tiled);
+  return launch(tiled ? forward_kernel<Real, true> : forward_kernel<Real, false>, dim3(unsigned(p.batch)), o.threads, bytes, stream, p,
+                o, lost_only, log_partition, alpha, norm, centre, method);
+}
+
+template <class Real>
+int log_space_backward(const hmm_problem &p, int group, const Real *grad, const Real *log_partition, const Real *alpha,
+                       const Real *norm, const Real *centre, const int32_t *method, Real *state, Real *edge, void *stream) {
+  if (p.batch == 0) return HMM_OK;
+  constexpr int kThreads = 256, kTile = 128;
+  const bool tiled = p.states > kTile, summed = edge && !p.time_varying;
+  const Tiling o = tiling_of<Real>(p.states, kThreads, kTile, kTile, backward_fixed<Real>(kThreads, p.states, tiled));
+  const int together = summed ? group : 1;
+  const size_t bytes = Ring<Real, true>::bytes(o) + backward_fixed<Real>(o.threads, p.states, tiled);
+  return launch(tiled ? backward_kernel<Real, true> : backward_kernel<Real, false>, dim3(unsigned((p.batch + together - 1) / together)),
+                o.threads, bytes, stream, p, o, together, grad, log_partition, alpha, norm, centre, method, state, edge);
+}
+
+#define HMM_OF(Real)                                                                                                        \
+  template int log_space_forward<Real>(const hmm_problem &, bool, Real *, Real *, Real *, Real *, int32_t *, void *);       \
+  template int log_space_backward<Real>(const hmm_problem &, int, const Real *, const Real *, const Real *, const Real *,   \
+                                        const Real *, const int32_t *, Real *, Real *, void *);
+HMM_OF(float)
+HMM_OF(double)
+
+}  // namespace hmm

@@ -1,0 +1,178 @@
+// Viterbi algorithm (Rabiner 1989, section III.B), for any transition.
+//
+//   delta_t(j) = max_i [delta_{t-1}(i) + phi_t(i, j)] + (e_t(j) - max e_t) - M_t,     max_j delta_t(j) = 0
+//   from_t(j)  = the smallest i of that maximum
+//   score      = sum_t (max e_t + M_t)                                                (in float64)
+//
+// A block goes through the frames of one sequence, with several threads a column for N up to 256; scores pass through shared
+// memory (staging.h), back-pointers go to global memory as int16. The walk back is one thread's, through shared memory that
+// the block fills, up to N = 512, where a step costs less than a trip to global memory; above, from global memory.
+// Cost a step, N^2 arcs: 2 additions, 2 comparisons an arc, 4 (8 in float64) bytes read, and 2 N bytes of pointers written and
+// read. Barriers a step: 1 and one a chunk of 8 KB: 2 for N up to 45 in float32, 3 for N = 50; a few a chunk of pointers.
+// Limits: N at most 4096, and in float64 3400 where a block has 64 KB of shared memory (sm_75): 2 N numbers of it are needed
+// for N above 512, all within 48 KB up to N = 512. T none. Compiled and executed on the CPU, not timed.
+#include "kernels.h"
+#include "staging.h"
+
+namespace hmm {
+namespace {
+
+template <class Real> size_t fixed_bytes(int threads, int64_t N, bool tiled) {
+  return carved<Real>(N) + (tiled ? carved<Real>(N) : carved<Real>(threads) + carved<int>(threads)) + carved<Real>(4 * (threads / kWarp)) + carved<int>(1);
+}
+
+// The best arc into a column from rows `group`, group + groups, ... of a chunk; messages are `middle` above what they should
+// be. A NaN makes the best NaN for good.
+template <class Real, bool Tiled>
+__device__ __forceinline__ void best_row(const Chunk<Real, Tiled> &c, const Real *messages, Real middle, int group, int groups,
+                                         int column, Real &best, int &from) {
+#pragma unroll 4
+  for (int r = group; r < c.rows; r += groups) {
+    const Real x = c[r][column] + (messages[c.row + r] - middle);
+    if (x > best || x != x) best = x, from = c.row + r;
+  }
+}
+
+// The path backwards, by one thread, from state `last` of frame L-1. Where Staged, pointers of several frames at once pass
+// through `buffers`, two of `bytes` bytes, `apart` bytes from each other.
+template <bool Staged>
+__device__ __forceinline__ void walk_back(const int16_t *pointers, int64_t length, int N, int last, unsigned char *buffers, int apart,
+                                          int bytes, int64_t *states) {
+  int at = last;
+  if (threadIdx.x == 0) states[length - 1] = at;
+  if (!Staged) {
+    if (threadIdx.x == 0)
+      for (int64_t t = length - 1; t > 0; t--) states[t - 1] = at = pointers[t * N + at];
+    return;
+  }
+  const int frames = bytes / int(sizeof(int16_t)) / N;
+  int buffer = 0;
+  // Frames first..end-1 are in the buffer, those before them on their way into the other one.
+  auto load = [&](int64_t end, int into) {
+    int16_t *const to = reinterpret_cast<int16_t *>(buffers + into * apart);
+    const int64_t first = end > frames ? end - frames : 0;
+    for (int k = threadIdx.x; k < int(end - first) * N; k += blockDim.x) to[k] = pointers[first * N + k];
+  };
+  load(length, 0);
+  for (int64_t end = length; end > 0; end -= frames) {
+    __syncthreads();
+    load(end > frames ? end - frames : 0, 1 - buffer);
+    const int64_t first = end > frames ? end - frames : 0;
+    const int16_t *const held = reinterpret_cast<const int16_t *>(buffers + buffer * apart);
+    if (threadIdx.x == 0)
+      for (int64_t t = end - 1; t >= first && t > 0; t--) states[t - 1] = at = held[int(t - first) * N + at];
+    buffer = 1 - buffer;
+  }
+}
+
+template <class Real, bool Tiled>
+__global__ void __launch_bounds__(kMostThreads) viterbi_kernel(hmm_problem p, Tiling o, Real *score, int16_t *pointers, int64_t *states) {
+  const Real ninf = negative_infinity<Real>();
+  HMM_SHARED_MEMORY(memory);
+  const int N = o.states, thread = threadIdx.x, threads = blockDim.x, warp = thread / kWarp, warps = threads / kWarp;
+  Ring<Real, Tiled> ring(o, memory);
+  Real *messages = carve<Real>(memory, N), *next = Tiled ? carve<Real>(memory, N) : messages;  // before M_t is taken out
+  Real *const partial_best = Tiled ? nullptr : carve<Real>(memory, threads);
+  int *const partial_from = Tiled ? nullptr : carve<int>(memory, threads);
+  Real *const warp_tops = carve<Real>(memory, 4 * warps);  // of delta_t, of what tells the last state, e_t, f
+  int *const last_state = carve<int>(memory, 1);
+  const int64_t b = blockIdx.x;
+  const Sequence<Real> q(p, b);
+  pointers += b * p.time * N, states += b * p.time;
+
+  const int group = Tiled ? 0 : thread / N, column = Tiled ? thread : thread % N;
+  double offset = 0;  // of thread 0
+  Real middle = 0;
+  ring.start(q.arcs(1), q.stride, q.length - 1);
+  Chunk<Real, Tiled> chunk = {};
+  int64_t t = 0;
+  for (bool goes_on = q.length > 0; goes_on; t++) {
+    Frame<Real> frame(q, t);
+    Real top = ninf;
+    if (t == 0)
+      for (int j = thread; j < N; j += threads) top = fmax(top, q.initial[j]);
+    else
+      for (int tile = 0; tile < o.tiles; tile++) {
+        Real best = ninf;
+        int from = 0;
+        for (int n = 0; n < o.chunks; n++) {
+          if (tile + n > 0) chunk = ring.arrive(q.arcs(t), tile, n);
+          if (group < o.groups && column < chunk.columns) best_row(chunk, messages, middle, group, o.groups, column, best, from);
+        }
+        if (!Tiled) partial_best[thread] = best, partial_from[thread] = from;
+        else if (column < chunk.columns) next[chunk.column + column] = best, pointers[t * N + chunk.column + column] = int16_t(from);
+      }
+    frame.share(warp_tops + 2 * warps);
+    if (t == 0) {
+      top = warp_max(top);
+      if (thread % kWarp == 0) warp_tops[warps + warp] = top;
+    }
+    __syncthreads();
+    frame.gather(warp_tops + 2 * warps);
+    top = t == 0 ? or_zero(largest_of(warp_tops + warps, warps)) : Real(0);
+    Real largest = ninf;
+    for (int j = thread; j < N; j += threads) {
+      Real best;
+      if (t == 0) best = q.initial[j] - top;
+      else if (Tiled) best = next[j];
+      else {
+        best = partial_best[j];
+        int from = partial_from[j];
+        for (int g = 1; g < o.groups; g++) {
+          const Real x = partial_best[g * N + j];
+          const int i = partial_from[g * N + j];
+          if (x > best || x != x || (x == best && i < from)) best = x, from = i;
+        }
+        pointers[t * N + j] = int16_t(from);
+      }
+      next[j] = best = frame.template added<Tiled>(best, j);
+      largest = larger_or_nan(largest, best);
+    }
+    largest = warp_larger_or_nan(largest);
+    if (thread % kWarp == 0) warp_tops[warp] = largest;
+    const bool last = t + 1 == q.length;
+    if (last) __syncthreads();
+    else chunk = ring.arrive(q.arcs(t + 1), 0, 0);
+    if (Tiled) {
+      Real *const held = messages;
+      messages = next, next = held;
+    }
+    middle = largest_of(warp_tops, warps);
+    goes_on = middle - middle == 0 && !last;
+    if (thread == 0) offset += double(top) + double(frame.top_e) + double(frame.top_f) + double(middle);
+  }
+  ring.stop();
+
+  const bool feasible = middle - middle == 0;
+  if (thread == 0) {
+    score[b] = feasible ? Real(offset) : middle == ninf ? ninf : middle - middle;
+    int found = 0;
+    if (feasible && q.length > 0)
+      while (messages[found] != middle) found++;
+    *last_state = found;
+  }
+  __syncthreads();
+  const int64_t length = feasible ? q.length : 0;
+  set(states + length, p.time - length, int64_t(-1));
+  if (length > 0)
+    walk_back<!Tiled>(pointers, length, N, *last_state, reinterpret_cast<unsigned char *>(ring.slots), ring.apart * int(sizeof(Real)),
+                      o.slot * int(sizeof(Real)), states);
+}
+
+}  // namespace
+
+template <class Real> int viterbi(const hmm_problem &p, Real *score, int16_t *pointers, int64_t *states, void *stream) {
+  if (p.batch == 0) return HMM_OK;
+  constexpr int kTile = 256;
+  const bool tiled = p.states > kMostThreads;
+  const int most = tiled ? kTile : kMostThreads;
+  const Tiling o = tiling_of<Real>(p.states, most, kMostThreads, kTile, fixed_bytes<Real>(most, p.states, tiled));
+  const size_t bytes = Ring<Real, true>::bytes(o) + fixed_bytes<Real>(o.threads, p.states, tiled);
+  return launch(tiled ? viterbi_kernel<Real, true> : viterbi_kernel<Real, false>, dim3(unsigned(p.batch)), o.threads, bytes, stream, p, o,
+                score, pointers, states);
+}
+
+template int viterbi<float>(const hmm_problem &, float *, int16_t *, int64_t *, void *);
+template int viterbi<double>(const hmm_problem &, double *, int16_t *, int64_t *, void *);
+
+}  // namespace hmm
