@@ -3,6 +3,12 @@
 
 namespace {
 
+#ifdef __SANITIZE_THREAD__
+constexpr int64_t kFrames = 2;  // a thread's step takes a hundred times as long
+#else
+constexpr int64_t kFrames = 5;
+#endif
+
 template <class Real> struct Steps;
 #define STEPS(suffix, Real)                                                   \
   template <> struct Steps<Real> {                                            \
@@ -39,7 +45,7 @@ template <class Real> struct Passes {
 
 template <class Real> void exercise(int64_t N, double forbidden, double scale) {
   using F = Steps<Real>;
-  const int64_t B = 3, T = 5;
+  const int64_t B = 3, T = kFrames;
   std::mt19937 random{unsigned(N)};
   RandomScores<Real> scores{random, scale, forbidden};
   RandomScores<Real> allowed{random, 1, 0};
@@ -88,7 +94,8 @@ template <class Real> void exercise(int64_t N, double forbidden, double scale) {
 }  // namespace
 
 int main() {
-  exercise<float>(131, 0, 1);
   exercise<double>(97, .3, 1);
+  if (kFrames < 5) return 0;
+  exercise<float>(131, 0, 1);
   exercise<float>(130, 0, 150);  // arcs out of range: all is done again in log space
 }
