@@ -10,8 +10,8 @@
 // (csrc/cpu/log_space.h: every difference is between numbers of like size, messages are centred at every step.)
 //
 // A block goes through the frames of one sequence; scores pass through shared memory (staging.h). Forward, N / 32 warps or
-// more hold a column a thread, several threads a column for N up to 256; a thread takes eight arcs at once, their maximum
-// before their exponentials, of which there is one an arc and one more for every eight. Backward, up to 32 lanes go along
+// more hold a column a thread, several threads a column for N up to 256; a thread takes eight arcs at once (four in
+// float64), their maximum before their exponentials, of which there is one an arc and one more for these. Backward, up to 32 lanes go along
 // a row, four rows at once. M_t is subtracted where alpha is read, which saves a barrier.
 // Cost a step, N^2 arcs, forward: an exponential, 2 maxima, 5 additions an arc, 4 (8 in float64) bytes read, and 16 N bytes;
 // backward: an exponential, 4 additions, a product, 4 bytes read, 4 written where edges are asked for. Barriers a step: 1
@@ -24,6 +24,8 @@
 namespace hmm {
 namespace {
 
+constexpr int kBackwardThreads = 256;
+
 // ---- forward
 
 template <class Real> size_t forward_fixed(int threads, int64_t N, bool tiled) {
@@ -35,7 +37,8 @@ template <class Real> size_t forward_fixed(int threads, int64_t N, bool tiled) {
 template <class Real, bool Tiled>
 __device__ __forceinline__ void log_sum_rows(const Chunk<Real, Tiled> &c, const Real *messages, Real middle, int group,
                                              int groups, int column, Real &top, Real &sum) {
-  constexpr int kBatch = 8;
+  constexpr int kBatch = sizeof(Real) == 4 ? 8 : 4;
+#pragma unroll 1
   for (int first = group; first < c.rows; first += kBatch * groups) {
     Real x[kBatch], a[kBatch], larger = top;
 #pragma unroll
@@ -55,7 +58,7 @@ __device__ __forceinline__ void log_sum_rows(const Chunk<Real, Tiled> &c, const 
 }
 
 template <class Real, bool Tiled>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, kBlocks<Real>)
     forward_kernel(hmm_problem p, Tiling o, bool lost_only, Real *log_partition, Real *alpha, Real *norm, Real *centre, int32_t *method) {
   const Real ninf = negative_infinity<Real>();
   const int64_t b = blockIdx.x;
@@ -81,10 +84,13 @@ __global__ void __launch_bounds__(kMostThreads)
     Real *const norm_t = norm + t * N, *const alpha_t = alpha + t * N;
     Real top_c = ninf;
     if (t == 0)
+#pragma unroll 1
       for (int j = thread; j < N; j += threads) top_c = fmax(top_c, q.initial[j]);
     else
+#pragma unroll 1
       for (int tile = 0; tile < o.tiles; tile++) {
         Real top = ninf, sum = 0;
+#pragma unroll 1
         for (int n = 0; n < o.chunks; n++) {
           if (tile + n > 0) chunk = ring.arrive(q.arcs(t), tile, n);
           if (group < o.groups && column < chunk.columns) log_sum_rows(chunk, messages, middle, group, o.groups, column, top, sum);
@@ -105,14 +111,17 @@ __global__ void __launch_bounds__(kMostThreads)
     const Real C = or_zero(largest_of(warp_tops, warps));
     frame.gather(warp_tops + 2 * warps);
     Real largest = ninf;
+#pragma unroll 1
     for (int j = thread; j < N; j += threads) {
       Real c, log_sum = 0;
       if (t == 0) c = q.initial[j];
       else if (Tiled) c = norm_t[j], log_sum = alpha_t[j];
       else {
         c = ninf;
+#pragma unroll 1
         for (int g = 0; g < o.groups; g++) c = fmax(c, partial_top[g * N + j]);
         Real sum = 0;
+#pragma unroll 1
         for (int g = 0; g < o.groups; g++) sum += partial_sum[g * N + j] * exp(partial_top[g * N + j] - or_zero(c));
         if (sum != 0) log_sum = log(sum);
       }
@@ -129,6 +138,7 @@ __global__ void __launch_bounds__(kMostThreads)
     middle = largest_of(warp_tops + warps, warps);
     const bool feasible = middle - middle == 0;
     goes_on = feasible && !last;
+#pragma unroll 1
     for (int j = thread; j < N; j += threads) alpha_t[j] = feasible ? messages[j] - middle : messages[j];
     if (thread == 0) {
       centre[t] = C;
@@ -140,6 +150,7 @@ __global__ void __launch_bounds__(kMostThreads)
   const bool feasible = middle - middle == 0;
   double total = 0;
   if (feasible && q.length > 0)
+#pragma unroll 1
     for (int j = thread; j < N; j += threads) total += exp(double(messages[j] - middle));
   total = warp_sum(total);
   if (thread % kWarp == 0) totals[warp] = total;
@@ -176,6 +187,7 @@ __device__ __forceinline__ Real posterior_rows(const Chunk<Real, Tiled> &c, cons
   constexpr int kBatch = 4;
   const int rows_at_once = blockDim.x / lanes, lane = int(threadIdx.x) & (lanes - 1);
   Real all = 0;
+#pragma unroll 1
   for (int first = 0; first < c.rows; first += kBatch * rows_at_once) {
     const int mine = first + threadIdx.x / lanes;
     Real a[kBatch], sum[kBatch];
@@ -184,6 +196,7 @@ __device__ __forceinline__ Real posterior_rows(const Chunk<Real, Tiled> &c, cons
       const int r = mine + k * rows_at_once;
       a[k] = r < c.rows ? messages[c.row + r] : Real(0), sum[k] = 0;
     }
+#pragma unroll 1
     for (int j = lane; j < c.columns; j += lanes) {
       const Real u_j = u[c.column + j];
 #pragma unroll
@@ -200,6 +213,7 @@ __device__ __forceinline__ Real posterior_rows(const Chunk<Real, Tiled> &c, cons
 #pragma unroll
     for (int k = 0; k < kBatch; k++) {
       const int r = mine + k * rows_at_once;
+#pragma unroll 1
       for (int n = lanes / 2; n > 0; n /= 2) sum[k] += __shfl_xor_sync(kAllLanes, sum[k], n);
       if (r >= c.rows) continue;
       all += sum[k];
@@ -231,6 +245,7 @@ template <class Real, bool Tiled> struct Backward {
     ring.start(t > 0 ? q.arcs(t) : q.transition, -q.stride, t);
     Real sum = 0, norm_j = 0, alpha_j = 0;  // the thread's rows; its column's, where that is one
     Real *previous = Tiled ? state + t * N : shared_previous;
+#pragma unroll 1
     for (int j = thread; j < N; j += threads) sum += previous[j] = exp(alpha[t * N + j]);
     sum = warp_sum(sum);
     for (;; t--) {
@@ -240,6 +255,7 @@ template <class Real, bool Tiled> struct Backward {
       __syncthreads();
       // The mass of gamma is exact: normalising it here keeps rounding errors from adding up over time.
       const Real scale = 1 / sum_of(warp_sums, threads / kWarp);
+#pragma unroll 1
       for (int j = thread; j < N; j += threads) {
         const Real gamma = previous[j] * scale;
         state[t * N + j] = gamma * grad;
@@ -251,11 +267,14 @@ template <class Real, bool Tiled> struct Backward {
       const Real *const messages = Tiled ? alpha + (t - 1) * N : shared_messages;
       previous = Tiled ? state + (t - 1) * N : shared_previous;
       sum = 0;
+#pragma unroll 1
       for (int tile = 0; tile < o.tiles; tile++)
+#pragma unroll 1
         for (int n = 0; n < o.chunks; n++) {
           const Chunk<Real, Tiled> chunk = ring.arrive(q.arcs(t), tile, n);
           sum += posterior_rows(chunk, messages, u, C, grad, lanes, previous, edges.of(t, int64_t(N) * N), edges.added);
         }
+#pragma unroll 1
       for (int n = lanes; n < kWarp; n *= 2) sum += __shfl_xor_sync(kAllLanes, sum, n);
     }
     __syncthreads();  // before the next sequence
@@ -263,12 +282,13 @@ template <class Real, bool Tiled> struct Backward {
 };
 
 template <class Real, bool Tiled>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kBackwardThreads, 2 * kBlocks<Real>)
     backward_kernel(hmm_problem p, Tiling o, int group, const Real *grad, const Real *log_partition, const Real *alpha, const Real *norm,
                     const Real *centre, const int32_t *method, Real *state, Real *edge) {
   HMM_SHARED_MEMORY(memory);
   Backward<Real, Tiled> backward(p, o, memory);
   const int64_t T = p.time, N = o.states, steps = T > 1 ? T - 1 : 0, first = int64_t(blockIdx.x) * group;
+#pragma unroll 1
   for (int64_t b = first; b < first + group && b < p.batch; b++) {
     if (method[b] != HMM_LOG_SPACE) continue;
     const Sequence<Real> q(p, b);
@@ -308,9 +328,9 @@ template <class Real>
 int log_space_backward(const hmm_problem &p, int group, const Real *grad, const Real *log_partition, const Real *alpha,
                        const Real *norm, const Real *centre, const int32_t *method, Real *state, Real *edge, void *stream) {
   if (p.batch == 0) return HMM_OK;
-  constexpr int kThreads = 256, kTile = 128;
+  constexpr int kTile = 128;
   const bool tiled = p.states > kTile, summed = edge && !p.time_varying;
-  const Tiling o = tiling_of<Real>(p.states, kThreads, kTile, kTile, backward_fixed<Real>(kThreads, p.states, tiled));
+  const Tiling o = tiling_of<Real>(p.states, kBackwardThreads, kTile, kTile, backward_fixed<Real>(kBackwardThreads, p.states, tiled));
   const int together = summed ? group : 1;
   const size_t bytes = Ring<Real, true>::bytes(o) + backward_fixed<Real>(o.threads, p.states, tiled);
   return launch(tiled ? backward_kernel<Real, true> : backward_kernel<Real, false>, dim3(unsigned((p.batch + together - 1) / together)),

@@ -60,7 +60,7 @@ __device__ __forceinline__ int draw(const Real *alpha, const Real *arcs, bool sc
 }
 
 template <class Real>
-__global__ void __launch_bounds__(kMostWalks * kWarp)
+__global__ void __launch_bounds__(kMostWalks * kWarp, 8)
     sample_kernel(hmm_problem p, int64_t samples, const Real *log_partition, const Real *alpha, const int32_t *method, const Real *uniform,
                   int64_t *states) {
   HMM_SHARED_MEMORY(memory);

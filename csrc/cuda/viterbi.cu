@@ -66,7 +66,8 @@ __device__ __forceinline__ void walk_back(const int16_t *pointers, int64_t lengt
 }
 
 template <class Real, bool Tiled>
-__global__ void __launch_bounds__(kMostThreads) viterbi_kernel(hmm_problem p, Tiling o, Real *score, int16_t *pointers, int64_t *states) {
+__global__ void __launch_bounds__(kMostThreads, kBlocks<Real>)
+    viterbi_kernel(hmm_problem p, Tiling o, Real *score, int16_t *pointers, int64_t *states) {
   const Real ninf = negative_infinity<Real>();
   HMM_SHARED_MEMORY(memory);
   const int N = o.states, thread = threadIdx.x, threads = blockDim.x, warp = thread / kWarp, warps = threads / kWarp;
@@ -90,11 +91,14 @@ __global__ void __launch_bounds__(kMostThreads) viterbi_kernel(hmm_problem p, Ti
     Frame<Real> frame(q, t);
     Real top = ninf;
     if (t == 0)
+#pragma unroll 1
       for (int j = thread; j < N; j += threads) top = fmax(top, q.initial[j]);
     else
+#pragma unroll 1
       for (int tile = 0; tile < o.tiles; tile++) {
         Real best = ninf;
         int from = 0;
+#pragma unroll 1
         for (int n = 0; n < o.chunks; n++) {
           if (tile + n > 0) chunk = ring.arrive(q.arcs(t), tile, n);
           if (group < o.groups && column < chunk.columns) best_row(chunk, messages, middle, group, o.groups, column, best, from);
@@ -111,6 +115,7 @@ __global__ void __launch_bounds__(kMostThreads) viterbi_kernel(hmm_problem p, Ti
     frame.gather(warp_tops + 2 * warps);
     top = t == 0 ? or_zero(largest_of(warp_tops + warps, warps)) : Real(0);
     Real largest = ninf;
+#pragma unroll 1
     for (int j = thread; j < N; j += threads) {
       Real best;
       if (t == 0) best = q.initial[j] - top;
@@ -118,6 +123,7 @@ __global__ void __launch_bounds__(kMostThreads) viterbi_kernel(hmm_problem p, Ti
       else {
         best = partial_best[j];
         int from = partial_from[j];
+#pragma unroll 1
         for (int g = 1; g < o.groups; g++) {
           const Real x = partial_best[g * N + j];
           const int i = partial_from[g * N + j];
