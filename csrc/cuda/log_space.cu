@@ -10,8 +10,8 @@
 // (csrc/cpu/log_space.h: every difference is between numbers of like size, messages are centred at every step.)
 //
 // A block goes through the frames of one sequence; scores pass through shared memory (staging.h). Forward, N / 32 warps or
-// more hold a column a thread, several threads a column for N up to 256; a thread takes eight arcs at once, their maximum
-// before their exponentials, of which there is one an arc and one more for every eight. Backward, up to 32 lanes go along
+// more hold a column a thread, several threads a column for N up to 256; a thread takes eight arcs at once (four in
+// float64), their maximum before their exponentials, of which there is one an arc and one more for these. Backward, up to 32 lanes go along
 // a row, four rows at once. M_t is subtracted where alpha is read, which saves a barrier.
 // Cost a step, N^2 arcs, forward: an exponential, 2 maxima, 5 additions an arc, 4 (8 in float64) bytes read, and 16 N bytes;
 // backward: an exponential, 4 additions, a product, 4 bytes read, 4 written where edges are asked for. Barriers a step: 1
@@ -24,18 +24,17 @@
 namespace hmm {
 namespace {
 
-// ---- forward
+constexpr int kBackwardThreads = 256;
 
-template <class Real> size_t forward_fixed(int threads, int64_t N, bool tiled) {
-  return carved<Real>(N) + (tiled ? 0 : 2 * carved<Real>(threads)) + carved<Real>(4 * (threads / kWarp)) + carved<double>(threads / kWarp);
-}
+// ---- forward
 
 // One more batch of rows for a column: (top, sum) = their log-sum, sum * exp(top), with those of rows `group`, group +
 // groups, ... of a chunk. Messages are `middle` above what they should be.
 template <class Real, bool Tiled>
 __device__ __forceinline__ void log_sum_rows(const Chunk<Real, Tiled> &c, const Real *messages, Real middle, int group,
                                              int groups, int column, Real &top, Real &sum) {
-  constexpr int kBatch = 8;
+  constexpr int kBatch = sizeof(Real) == 4 ? 8 : 4;
+#pragma unroll 1
   for (int first = group; first < c.rows; first += kBatch * groups) {
     Real x[kBatch], a[kBatch], larger = top;
 #pragma unroll
@@ -54,104 +53,143 @@ __device__ __forceinline__ void log_sum_rows(const Chunk<Real, Tiled> &c, const 
   }
 }
 
+// What a block keeps in shared memory beside the ring.
+template <class Real, bool Tiled> struct ForwardMemory {
+  Real *messages;                   // norm_t + emissions, before M_t is taken out
+  Real *partial_top, *partial_sum;  // of each thread, where it has a column to share
+  Real *tops_c, *tops_alpha, *tops_frame;
+  double *totals;
+
+  __device__ __forceinline__ ForwardMemory(unsigned char *&memory, int N, int threads) {
+    messages = carve<Real>(memory, N);
+    partial_top = Tiled ? nullptr : carve<Real>(memory, threads), partial_sum = Tiled ? nullptr : carve<Real>(memory, threads);
+    tops_c = carve<Real>(memory, threads / kWarp), tops_alpha = carve<Real>(memory, threads / kWarp);
+    tops_frame = carve<Real>(memory, 2 * (threads / kWarp));
+    totals = carve<double>(memory, threads / kWarp);
+  }
+  static size_t bytes(int64_t N, int threads) {
+    const int warps = threads / kWarp;
+    return carved<Real>(N) + (Tiled ? 0 : 2 * carved<Real>(threads)) + 2 * carved<Real>(warps) + carved<Real>(2 * warps) + carved<double>(warps);
+  }
+};
+
+// The arcs into frame t, of which the first chunk is here: to partial_top and partial_sum, or where a column is one thread's,
+// c_t to norm and the logarithm of the sum to alpha, until C_t is known. Returns the largest c_t of the thread's.
 template <class Real, bool Tiled>
-__global__ void __launch_bounds__(kMostThreads)
+__device__ __forceinline__ Real sweep(Ring<Real, Tiled> &ring, Chunk<Real, Tiled> chunk, const Real *arcs, Real middle,
+                                      const ForwardMemory<Real, Tiled> &held, Real *norm, Real *alpha) {
+  const Tiling &o = ring.o;
+  const int thread = threadIdx.x, group = Tiled ? 0 : thread / o.states, column = Tiled ? thread : thread % o.states;
+  Real top_c = negative_infinity<Real>();
+#pragma unroll 1
+  for (int tile = 0; tile < o.tiles; tile++) {
+    Real top = negative_infinity<Real>(), sum = 0;
+#pragma unroll 1
+    for (int n = 0; n < o.chunks; n++) {
+      if (tile + n > 0) chunk = ring.arrive(arcs, tile, n);
+      if (group < o.groups && column < chunk.columns) log_sum_rows(chunk, held.messages, middle, group, o.groups, column, top, sum);
+    }
+    top_c = fmax(top_c, top);
+    if (!Tiled) held.partial_top[thread] = top, held.partial_sum[thread] = sum;
+    else if (column < chunk.columns) {
+      norm[chunk.column + column] = top;
+      alpha[chunk.column + column] = sum == 0 ? Real(0) : log(sum);
+    }
+  }
+  return top_c;
+}
+
+// The groups' sums of column j together: c_t(j) and the logarithm of the sum, 0 where that is of nothing.
+template <class Real>
+__device__ __forceinline__ Real combine(const Real *partial_top, const Real *partial_sum, int groups, int N, int j, Real &log_sum) {
+  Real c = negative_infinity<Real>(), sum = 0;
+#pragma unroll 1
+  for (int g = 0; g < groups; g++) c = fmax(c, partial_top[g * N + j]);
+#pragma unroll 1
+  for (int g = 0; g < groups; g++) sum += partial_sum[g * N + j] * exp(partial_top[g * N + j] - or_zero(c));
+  log_sum = sum == 0 ? Real(0) : log(sum);
+  return c;
+}
+
+// log Z, for thread 0: from the last frame's messages, its M and what has been taken out.
+template <class Real, bool Tiled>
+__device__ __forceinline__ double finish(const ForwardMemory<Real, Tiled> &held, int N, int64_t length, Real middle, double offset) {
+  const int thread = threadIdx.x, warps = blockDim.x / kWarp;
+  const bool feasible = middle - middle == 0;
+  double total = 0;
+  if (feasible && length > 0)
+    for (int j = thread; j < N; j += blockDim.x) total += exp(double(held.messages[j] - middle));
+  total = warp_sum(total);
+  if (thread % kWarp == 0) held.totals[thread / kWarp] = total;
+  __syncthreads();
+  if (thread == 0)
+    for (int w = 1; w < warps; w++) total += held.totals[w];
+  if (length == 0) return 0;
+  if (feasible) return offset + log(total);
+  return middle == negative_infinity<Real>() ? double(middle) : double(middle - middle);
+}
+
+template <class Real, bool Tiled>
+__global__ void __launch_bounds__(kMostThreads, kBlocks<Real>)
     forward_kernel(hmm_problem p, Tiling o, bool lost_only, Real *log_partition, Real *alpha, Real *norm, Real *centre, int32_t *method) {
-  const Real ninf = negative_infinity<Real>();
   const int64_t b = blockIdx.x;
   if (lost_only && method[b] != HMM_REDONE) return;  // the whole block
   HMM_SHARED_MEMORY(memory);
-  const int N = o.states, thread = threadIdx.x, threads = blockDim.x, warp = thread / kWarp, warps = threads / kWarp;
+  const int N = o.states, thread = threadIdx.x, threads = blockDim.x, warps = threads / kWarp;
   Ring<Real, Tiled> ring(o, memory);
-  Real *const messages = carve<Real>(memory, N);  // norm_t + emissions, before M_t is taken out
-  Real *const partial_top = Tiled ? nullptr : carve<Real>(memory, threads), *const partial_sum = Tiled ? nullptr : carve<Real>(memory, threads);
-  Real *const warp_tops = carve<Real>(memory, 4 * warps);  // of c_t, alpha_t, e_t, f
-  double *const totals = carve<double>(memory, warps);
+  const ForwardMemory<Real, Tiled> held(memory, N, threads);
   const Sequence<Real> q(p, b);
   alpha += b * p.time * N, norm += b * p.time * N, centre += b * p.time;
 
-  const int group = Tiled ? 0 : thread / N, column = Tiled ? thread : thread % N;
   double offset = 0;  // of thread 0
-  Real middle = 0;
+  Real middle = 0;    // M of the frame before
   int64_t t = 0;
   ring.start(q.arcs(1), q.stride, q.length - 1);
   Chunk<Real, Tiled> chunk = {};
   for (bool goes_on = q.length > 0; goes_on; t++) {
     Frame<Real> frame(q, t);
     Real *const norm_t = norm + t * N, *const alpha_t = alpha + t * N;
-    Real top_c = ninf;
-    if (t == 0)
-      for (int j = thread; j < N; j += threads) top_c = fmax(top_c, q.initial[j]);
+    Real top_c = negative_infinity<Real>();
+    if (t > 0) top_c = sweep(ring, chunk, q.arcs(t), middle, held, norm_t, alpha_t);
     else
-      for (int tile = 0; tile < o.tiles; tile++) {
-        Real top = ninf, sum = 0;
-        for (int n = 0; n < o.chunks; n++) {
-          if (tile + n > 0) chunk = ring.arrive(q.arcs(t), tile, n);
-          if (group < o.groups && column < chunk.columns) log_sum_rows(chunk, messages, middle, group, o.groups, column, top, sum);
-        }
-        top_c = fmax(top_c, top);
-        if (!Tiled) partial_top[thread] = top, partial_sum[thread] = sum;
-        else if (column < chunk.columns) {  // until C_t is known
-          norm_t[chunk.column + column] = top;
-          alpha_t[chunk.column + column] = sum == 0 ? Real(0) : log(sum);
-        }
-      }
+      for (int j = thread; j < N; j += threads) top_c = fmax(top_c, q.initial[j]);
     top_c = warp_max(top_c);
-    if (thread % kWarp == 0) warp_tops[warp] = top_c;
-    frame.share(warp_tops + 2 * warps);
+    if (thread % kWarp == 0) held.tops_c[thread / kWarp] = top_c;
+    frame.share(held.tops_frame);
 #if HMM_MUTATION != 1
     __syncthreads();
 #endif
-    const Real C = or_zero(largest_of(warp_tops, warps));
-    frame.gather(warp_tops + 2 * warps);
-    Real largest = ninf;
+    const Real C = or_zero(largest_of(held.tops_c, warps));
+    frame.gather(held.tops_frame);
+    Real largest = negative_infinity<Real>();
+#pragma unroll 1
     for (int j = thread; j < N; j += threads) {
       Real c, log_sum = 0;
       if (t == 0) c = q.initial[j];
       else if (Tiled) c = norm_t[j], log_sum = alpha_t[j];
-      else {
-        c = ninf;
-        for (int g = 0; g < o.groups; g++) c = fmax(c, partial_top[g * N + j]);
-        Real sum = 0;
-        for (int g = 0; g < o.groups; g++) sum += partial_sum[g * N + j] * exp(partial_top[g * N + j] - or_zero(c));
-        if (sum != 0) log_sum = log(sum);
-      }
+      else c = combine(held.partial_top, held.partial_sum, o.groups, N, j, log_sum);
       const Real normal = (c - C) + log_sum, message = frame.template added<Tiled>(normal, j);
-      norm_t[j] = normal;
-      messages[j] = message;
+      norm_t[j] = normal, held.messages[j] = message;
       largest = larger_or_nan(largest, message);
     }
     largest = warp_larger_or_nan(largest);
-    if (thread % kWarp == 0) warp_tops[warps + warp] = largest;
+    if (thread % kWarp == 0) held.tops_alpha[thread / kWarp] = largest;
     const bool last = t + 1 == q.length;
     if (last) __syncthreads();
     else chunk = ring.arrive(q.arcs(t + 1), 0, 0);
-    middle = largest_of(warp_tops + warps, warps);
+    middle = largest_of(held.tops_alpha, warps);
     const bool feasible = middle - middle == 0;
     goes_on = feasible && !last;
-    for (int j = thread; j < N; j += threads) alpha_t[j] = feasible ? messages[j] - middle : messages[j];
-    if (thread == 0) {
-      centre[t] = C;
-      offset += double(C) + double(frame.top_e) + double(frame.top_f) + double(middle);
-    }
+#pragma unroll 1
+    for (int j = thread; j < N; j += threads) alpha_t[j] = feasible ? held.messages[j] - middle : held.messages[j];
+    if (thread == 0) centre[t] = C, offset += double(C) + double(frame.top_e) + double(frame.top_f) + double(middle);
   }
   ring.stop();
-
-  const bool feasible = middle - middle == 0;
-  double total = 0;
-  if (feasible && q.length > 0)
-    for (int j = thread; j < N; j += threads) total += exp(double(messages[j] - middle));
-  total = warp_sum(total);
-  if (thread % kWarp == 0) totals[warp] = total;
-  __syncthreads();
   set(alpha + t * N, (p.time - t) * N, Real(0));
   set(norm + t * N, (p.time - t) * N, Real(0));
   set(centre + t, p.time - t, Real(0));
-  if (thread != 0) return;
-  for (int w = 1; w < warps; w++) total += totals[w];
-  const double z = q.length == 0 ? 0 : feasible ? offset + log(total) : middle == ninf ? double(ninf) : double(middle) - double(middle);
-  log_partition[b] = Real(z);
-  method[b] = HMM_LOG_SPACE;
+  const double z = finish(held, N, q.length, middle, offset);
+  if (thread == 0) log_partition[b] = Real(z), method[b] = HMM_LOG_SPACE;
 }
 
 // ---- backward
@@ -176,6 +214,7 @@ __device__ __forceinline__ Real posterior_rows(const Chunk<Real, Tiled> &c, cons
   constexpr int kBatch = 4;
   const int rows_at_once = blockDim.x / lanes, lane = int(threadIdx.x) & (lanes - 1);
   Real all = 0;
+#pragma unroll 1
   for (int first = 0; first < c.rows; first += kBatch * rows_at_once) {
     const int mine = first + threadIdx.x / lanes;
     Real a[kBatch], sum[kBatch];
@@ -184,6 +223,7 @@ __device__ __forceinline__ Real posterior_rows(const Chunk<Real, Tiled> &c, cons
       const int r = mine + k * rows_at_once;
       a[k] = r < c.rows ? messages[c.row + r] : Real(0), sum[k] = 0;
     }
+#pragma unroll 1
     for (int j = lane; j < c.columns; j += lanes) {
       const Real u_j = u[c.column + j];
 #pragma unroll
@@ -200,6 +240,7 @@ __device__ __forceinline__ Real posterior_rows(const Chunk<Real, Tiled> &c, cons
 #pragma unroll
     for (int k = 0; k < kBatch; k++) {
       const int r = mine + k * rows_at_once;
+#pragma unroll 1
       for (int n = lanes / 2; n > 0; n /= 2) sum[k] += __shfl_xor_sync(kAllLanes, sum[k], n);
       if (r >= c.rows) continue;
       all += sum[k];
@@ -231,6 +272,7 @@ template <class Real, bool Tiled> struct Backward {
     ring.start(t > 0 ? q.arcs(t) : q.transition, -q.stride, t);
     Real sum = 0, norm_j = 0, alpha_j = 0;  // the thread's rows; its column's, where that is one
     Real *previous = Tiled ? state + t * N : shared_previous;
+#pragma unroll 1
     for (int j = thread; j < N; j += threads) sum += previous[j] = exp(alpha[t * N + j]);
     sum = warp_sum(sum);
     for (;; t--) {
@@ -240,6 +282,7 @@ template <class Real, bool Tiled> struct Backward {
       __syncthreads();
       // The mass of gamma is exact: normalising it here keeps rounding errors from adding up over time.
       const Real scale = 1 / sum_of(warp_sums, threads / kWarp);
+#pragma unroll 1
       for (int j = thread; j < N; j += threads) {
         const Real gamma = previous[j] * scale;
         state[t * N + j] = gamma * grad;
@@ -251,11 +294,14 @@ template <class Real, bool Tiled> struct Backward {
       const Real *const messages = Tiled ? alpha + (t - 1) * N : shared_messages;
       previous = Tiled ? state + (t - 1) * N : shared_previous;
       sum = 0;
+#pragma unroll 1
       for (int tile = 0; tile < o.tiles; tile++)
+#pragma unroll 1
         for (int n = 0; n < o.chunks; n++) {
           const Chunk<Real, Tiled> chunk = ring.arrive(q.arcs(t), tile, n);
           sum += posterior_rows(chunk, messages, u, C, grad, lanes, previous, edges.of(t, int64_t(N) * N), edges.added);
         }
+#pragma unroll 1
       for (int n = lanes; n < kWarp; n *= 2) sum += __shfl_xor_sync(kAllLanes, sum, n);
     }
     __syncthreads();  // before the next sequence
@@ -263,12 +309,13 @@ template <class Real, bool Tiled> struct Backward {
 };
 
 template <class Real, bool Tiled>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kBackwardThreads, 2 * kBlocks<Real>)
     backward_kernel(hmm_problem p, Tiling o, int group, const Real *grad, const Real *log_partition, const Real *alpha, const Real *norm,
                     const Real *centre, const int32_t *method, Real *state, Real *edge) {
   HMM_SHARED_MEMORY(memory);
   Backward<Real, Tiled> backward(p, o, memory);
   const int64_t T = p.time, N = o.states, steps = T > 1 ? T - 1 : 0, first = int64_t(blockIdx.x) * group;
+#pragma unroll 1
   for (int64_t b = first; b < first + group && b < p.batch; b++) {
     if (method[b] != HMM_LOG_SPACE) continue;
     const Sequence<Real> q(p, b);
@@ -298,8 +345,9 @@ int log_space_forward(const hmm_problem &p, bool lost_only, Real *log_partition,
   constexpr int kTile = 256;
   const bool tiled = p.states > kMostThreads;
   const int most = tiled ? kTile : kMostThreads;
-  const Tiling o = tiling_of<Real>(p.states, most, kMostThreads, kTile, forward_fixed<Real>(most, p.states, tiled));
-  const size_t bytes = Ring<Real, true>::bytes(o) + forward_fixed<Real>(o.threads, p.states, tiled);
+  const auto fixed = tiled ? ForwardMemory<Real, true>::bytes : ForwardMemory<Real, false>::bytes;
+  const Tiling o = tiling_of<Real>(p.states, most, kMostThreads, kTile, fixed(p.states, most));
+  const size_t bytes = Ring<Real, true>::bytes(o) + fixed(p.states, o.threads);
   return launch(tiled ? forward_kernel<Real, true> : forward_kernel<Real, false>, dim3(unsigned(p.batch)), o.threads, bytes, stream, p,
                 o, lost_only, log_partition, alpha, norm, centre, method);
 }
@@ -308,9 +356,9 @@ template <class Real>
 int log_space_backward(const hmm_problem &p, int group, const Real *grad, const Real *log_partition, const Real *alpha,
                        const Real *norm, const Real *centre, const int32_t *method, Real *state, Real *edge, void *stream) {
   if (p.batch == 0) return HMM_OK;
-  constexpr int kThreads = 256, kTile = 128;
+  constexpr int kTile = 128;
   const bool tiled = p.states > kTile, summed = edge && !p.time_varying;
-  const Tiling o = tiling_of<Real>(p.states, kThreads, kTile, kTile, backward_fixed<Real>(kThreads, p.states, tiled));
+  const Tiling o = tiling_of<Real>(p.states, kBackwardThreads, kTile, kTile, backward_fixed<Real>(kBackwardThreads, p.states, tiled));
   const int together = summed ? group : 1;
   const size_t bytes = Ring<Real, true>::bytes(o) + backward_fixed<Real>(o.threads, p.states, tiled);
   return launch(tiled ? backward_kernel<Real, true> : backward_kernel<Real, false>, dim3(unsigned((p.batch + together - 1) / together)),

@@ -26,6 +26,7 @@ __device__ __forceinline__ int draw(const Real *alpha, const Real *arcs, bool sc
   const Real ninf = negative_infinity<Real>();
   const int lane = threadIdx.x % kWarp, blocks = (N + kWarp - 1) / kWarp;
   Real top = ninf;
+#pragma unroll 2
   for (int i = lane; i < N; i += kWarp) {
     const Real score = arcs ? arcs[int64_t(i) * N] : Real(0);
     weight[i] = score;
@@ -33,6 +34,7 @@ __device__ __forceinline__ int draw(const Real *alpha, const Real *arcs, bool sc
   }
   top = or_zero(warp_max(top));
   double total = 0;
+#pragma unroll 1
   for (int k = 0; k < blocks; k++) {
     const int i = k * kWarp + lane;
     Real w = 0;
@@ -60,7 +62,7 @@ __device__ __forceinline__ int draw(const Real *alpha, const Real *arcs, bool sc
 }
 
 template <class Real>
-__global__ void __launch_bounds__(kMostWalks * kWarp)
+__global__ void __launch_bounds__(kMostWalks * kWarp, 4)
     sample_kernel(hmm_problem p, int64_t samples, const Real *log_partition, const Real *alpha, const int32_t *method, const Real *uniform,
                   int64_t *states) {
   HMM_SHARED_MEMORY(memory);

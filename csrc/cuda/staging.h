@@ -13,6 +13,7 @@ namespace hmm {
 
 constexpr int kStages = 4;
 constexpr int kMostThreads = 512;
+template <class Real> constexpr int kBlocks = sizeof(Real) == 4 ? 2 : 1;  // of as many threads: what registers must leave room for
 
 // Sizes in numbers, not bytes.
 struct Tiling {
@@ -82,6 +83,7 @@ template <class Real, bool Tiled> struct Ring {
   __device__ __forceinline__ void start(const Real *first, int64_t to_next, int64_t steps) {
     arcs = first, stride = to_next, left = steps;
     tile = chunk = filled = used = 0;
+#pragma unroll 1
     for (int stage = 0; stage < kStages - 1; stage++) fill();
   }
 
@@ -126,6 +128,7 @@ template <class Real, bool Tiled> struct Ring {
     const Real *from = arcs + int64_t(c.row) * o.states + c.column;
     const int length = Tiled ? c.columns : c.rows * o.states, runs = Tiled ? c.rows : 1;
     const int pieces = (length + 2 * V - 2) / V;  // of a run, wherever it begins
+#pragma unroll 1
     for (int k = threadIdx.x; k < runs * pieces; k += blockDim.x) {
       const int run = Tiled ? k / pieces : 0, piece = (k - run * pieces) * V;
       const Real *begin = from + int64_t(run) * o.states;
@@ -133,6 +136,7 @@ template <class Real, bool Tiled> struct Ring {
       Real *to = slot + run * o.pitch;
       if (high - low == V) copy_async<16>(to + piece, begin + (piece - phase));
       else
+#pragma unroll 1
         for (int x = low; x < high; x++) copy_async<int(sizeof(Real))>(to + x, begin + (x - phase));
     }
   }
@@ -154,6 +158,7 @@ template <class Real> __device__ __forceinline__ Real largest_of(const Real *x, 
   while (among < n) among *= 2;
   const int lane = int(threadIdx.x) & (among - 1);
   Real found = lane < n ? x[lane] : negative_infinity<Real>();
+#pragma unroll 1
   for (int lanes = among / 2; lanes > 0; lanes /= 2) found = larger_or_nan(found, __shfl_xor_sync(kAllLanes, found, lanes));
   return found;
 }
@@ -162,6 +167,7 @@ template <class Real> __device__ __forceinline__ Real sum_of(const Real *x, int 
   while (among < n) among *= 2;
   const int lane = int(threadIdx.x) & (among - 1);
   Real found = lane < n ? x[lane] : Real(0);
+#pragma unroll 1
   for (int lanes = among / 2; lanes > 0; lanes /= 2) found += __shfl_xor_sync(kAllLanes, found, lanes);
   return found;
 }
@@ -170,6 +176,7 @@ template <class Real> __device__ __forceinline__ Real sum_of(const Real *x, int 
 template <class Real> __device__ __forceinline__ Real or_zero(Real x) { return x == negative_infinity<Real>() ? Real(0) : x; }
 
 template <class Real> __device__ __forceinline__ void set(Real *x, int64_t n, Real value) {
+#pragma unroll 1
   for (int64_t k = threadIdx.x; k < n; k += blockDim.x) x[k] = value;
 }
 
@@ -199,6 +206,7 @@ template <class Real> struct Frame {
   __device__ __forceinline__ Frame(const Sequence<Real> &q, int64_t t)
       : emission(q.emission ? q.emission + t * q.states : nullptr), final(t == q.length - 1 ? q.final : nullptr) {
     e = f = top_e = top_f = negative_infinity<Real>();
+#pragma unroll 1
     for (int j = threadIdx.x; j < q.states; j += blockDim.x) {
       if (emission) top_e = fmax(top_e, e = emission[j]);
       if (final) top_f = fmax(top_f, f = final[j]);

@@ -17,9 +17,28 @@
 namespace hmm {
 namespace {
 
-template <class Real> size_t fixed_bytes(int threads, int64_t N, bool tiled) {
-  return carved<Real>(N) + (tiled ? carved<Real>(N) : carved<Real>(threads) + carved<int>(threads)) + carved<Real>(4 * (threads / kWarp)) + carved<int>(1);
-}
+// What a block keeps in shared memory beside the ring.
+template <class Real, bool Tiled> struct ViterbiMemory {
+  Real *messages, *next;  // delta_t before M_t is taken out, and the next frame's, of which best_t is known; one array where
+                          // columns are shared, since they pass through those of partial maxima
+  Real *partial_best;
+  int *partial_from;
+  Real *tops_initial, *tops_delta, *tops_frame;
+  int *last_state;
+
+  __device__ __forceinline__ ViterbiMemory(unsigned char *&memory, int N, int threads) {
+    messages = carve<Real>(memory, N), next = Tiled ? carve<Real>(memory, N) : messages;
+    partial_best = Tiled ? nullptr : carve<Real>(memory, threads), partial_from = Tiled ? nullptr : carve<int>(memory, threads);
+    tops_initial = carve<Real>(memory, threads / kWarp), tops_delta = carve<Real>(memory, threads / kWarp);
+    tops_frame = carve<Real>(memory, 2 * (threads / kWarp));
+    last_state = carve<int>(memory, 1);
+  }
+  static size_t bytes(int64_t N, int threads) {
+    const int warps = threads / kWarp;
+    return carved<Real>(N) + (Tiled ? carved<Real>(N) : carved<Real>(threads) + carved<int>(threads)) + 2 * carved<Real>(warps) +
+           carved<Real>(2 * warps) + carved<int>(1);
+  }
+};
 
 // The best arc into a column from rows `group`, group + groups, ... of a chunk; messages are `middle` above what they should
 // be. A NaN makes the best NaN for good.
@@ -65,98 +84,111 @@ __device__ __forceinline__ void walk_back(const int16_t *pointers, int64_t lengt
   }
 }
 
+// The arcs into a frame, of which the first chunk is here: the best of each column, and where it is from.
 template <class Real, bool Tiled>
-__global__ void __launch_bounds__(kMostThreads) viterbi_kernel(hmm_problem p, Tiling o, Real *score, int16_t *pointers, int64_t *states) {
-  const Real ninf = negative_infinity<Real>();
+__device__ __forceinline__ void sweep(Ring<Real, Tiled> &ring, Chunk<Real, Tiled> chunk, const Real *arcs, Real middle,
+                                      const ViterbiMemory<Real, Tiled> &held, int16_t *pointers) {
+  const Tiling &o = ring.o;
+  const int thread = threadIdx.x, group = Tiled ? 0 : thread / o.states, column = Tiled ? thread : thread % o.states;
+#pragma unroll 1
+  for (int tile = 0; tile < o.tiles; tile++) {
+    Real best = negative_infinity<Real>();
+    int from = 0;
+#pragma unroll 1
+    for (int n = 0; n < o.chunks; n++) {
+      if (tile + n > 0) chunk = ring.arrive(arcs, tile, n);
+      if (group < o.groups && column < chunk.columns) best_row(chunk, held.messages, middle, group, o.groups, column, best, from);
+    }
+    if (!Tiled) held.partial_best[thread] = best, held.partial_from[thread] = from;
+    else if (column < chunk.columns) held.next[chunk.column + column] = best, pointers[chunk.column + column] = int16_t(from);
+  }
+}
+
+// The groups' best of column j together.
+template <class Real>
+__device__ __forceinline__ Real combine(const Real *partial_best, const int *partial_from, int groups, int N, int j, int &from) {
+  Real best = partial_best[j];
+  from = partial_from[j];
+#pragma unroll 1
+  for (int g = 1; g < groups; g++) {
+    const Real x = partial_best[g * N + j];
+    const int i = partial_from[g * N + j];
+    if (x > best || x != x || (x == best && i < from)) best = x, from = i;
+  }
+  return best;
+}
+
+template <class Real, bool Tiled>
+__global__ void __launch_bounds__(kMostThreads, kBlocks<Real>)
+    viterbi_kernel(hmm_problem p, Tiling o, Real *score, int16_t *pointers, int64_t *states) {
   HMM_SHARED_MEMORY(memory);
   const int N = o.states, thread = threadIdx.x, threads = blockDim.x, warp = thread / kWarp, warps = threads / kWarp;
   Ring<Real, Tiled> ring(o, memory);
-  Real *messages = carve<Real>(memory, N), *next = Tiled ? carve<Real>(memory, N) : messages;  // before M_t is taken out
-  Real *const partial_best = Tiled ? nullptr : carve<Real>(memory, threads);
-  int *const partial_from = Tiled ? nullptr : carve<int>(memory, threads);
-  Real *const warp_tops = carve<Real>(memory, 4 * warps);  // of delta_t, of what tells the last state, e_t, f
-  int *const last_state = carve<int>(memory, 1);
+  ViterbiMemory<Real, Tiled> held(memory, N, threads);
   const int64_t b = blockIdx.x;
   const Sequence<Real> q(p, b);
   pointers += b * p.time * N, states += b * p.time;
 
-  const int group = Tiled ? 0 : thread / N, column = Tiled ? thread : thread % N;
   double offset = 0;  // of thread 0
-  Real middle = 0;
+  Real middle = 0;    // M of the frame before
   ring.start(q.arcs(1), q.stride, q.length - 1);
   Chunk<Real, Tiled> chunk = {};
   int64_t t = 0;
   for (bool goes_on = q.length > 0; goes_on; t++) {
     Frame<Real> frame(q, t);
-    Real top = ninf;
-    if (t == 0)
+    Real top = negative_infinity<Real>(), largest = top;
+    if (t > 0) sweep(ring, chunk, q.arcs(t), middle, held, pointers + t * N);
+    else {
       for (int j = thread; j < N; j += threads) top = fmax(top, q.initial[j]);
-    else
-      for (int tile = 0; tile < o.tiles; tile++) {
-        Real best = ninf;
-        int from = 0;
-        for (int n = 0; n < o.chunks; n++) {
-          if (tile + n > 0) chunk = ring.arrive(q.arcs(t), tile, n);
-          if (group < o.groups && column < chunk.columns) best_row(chunk, messages, middle, group, o.groups, column, best, from);
-        }
-        if (!Tiled) partial_best[thread] = best, partial_from[thread] = from;
-        else if (column < chunk.columns) next[chunk.column + column] = best, pointers[t * N + chunk.column + column] = int16_t(from);
-      }
-    frame.share(warp_tops + 2 * warps);
-    if (t == 0) {
       top = warp_max(top);
-      if (thread % kWarp == 0) warp_tops[warps + warp] = top;
+      if (thread % kWarp == 0) held.tops_initial[warp] = top;
     }
+    frame.share(held.tops_frame);
     __syncthreads();
-    frame.gather(warp_tops + 2 * warps);
-    top = t == 0 ? or_zero(largest_of(warp_tops + warps, warps)) : Real(0);
-    Real largest = ninf;
+    frame.gather(held.tops_frame);
+    top = t == 0 ? or_zero(largest_of(held.tops_initial, warps)) : Real(0);
+#pragma unroll 1
     for (int j = thread; j < N; j += threads) {
       Real best;
       if (t == 0) best = q.initial[j] - top;
-      else if (Tiled) best = next[j];
+      else if (Tiled) best = held.next[j];
       else {
-        best = partial_best[j];
-        int from = partial_from[j];
-        for (int g = 1; g < o.groups; g++) {
-          const Real x = partial_best[g * N + j];
-          const int i = partial_from[g * N + j];
-          if (x > best || x != x || (x == best && i < from)) best = x, from = i;
-        }
+        int from;
+        best = combine(held.partial_best, held.partial_from, o.groups, N, j, from);
         pointers[t * N + j] = int16_t(from);
       }
-      next[j] = best = frame.template added<Tiled>(best, j);
+      held.next[j] = best = frame.template added<Tiled>(best, j);
       largest = larger_or_nan(largest, best);
     }
     largest = warp_larger_or_nan(largest);
-    if (thread % kWarp == 0) warp_tops[warp] = largest;
+    if (thread % kWarp == 0) held.tops_delta[warp] = largest;
     const bool last = t + 1 == q.length;
     if (last) __syncthreads();
     else chunk = ring.arrive(q.arcs(t + 1), 0, 0);
     if (Tiled) {
-      Real *const held = messages;
-      messages = next, next = held;
+      Real *const old = held.messages;
+      held.messages = held.next, held.next = old;
     }
-    middle = largest_of(warp_tops, warps);
+    middle = largest_of(held.tops_delta, warps);
     goes_on = middle - middle == 0 && !last;
     if (thread == 0) offset += double(top) + double(frame.top_e) + double(frame.top_f) + double(middle);
   }
   ring.stop();
 
   const bool feasible = middle - middle == 0;
+  const int64_t length = feasible ? q.length : 0;
   if (thread == 0) {
-    score[b] = feasible ? Real(offset) : middle == ninf ? ninf : middle - middle;
+    score[b] = feasible ? Real(offset) : middle == negative_infinity<Real>() ? middle : middle - middle;
     int found = 0;
-    if (feasible && q.length > 0)
-      while (messages[found] != middle) found++;
-    *last_state = found;
+    if (length > 0)
+      while (held.messages[found] != middle) found++;
+    *held.last_state = found;
   }
   __syncthreads();
-  const int64_t length = feasible ? q.length : 0;
   set(states + length, p.time - length, int64_t(-1));
   if (length > 0)
-    walk_back<!Tiled>(pointers, length, N, *last_state, reinterpret_cast<unsigned char *>(ring.slots), ring.apart * int(sizeof(Real)),
-                      o.slot * int(sizeof(Real)), states);
+    walk_back<!Tiled>(pointers, length, N, *held.last_state, reinterpret_cast<unsigned char *>(ring.slots),
+                      ring.apart * int(sizeof(Real)), o.slot * int(sizeof(Real)), states);
 }
 
 }  // namespace
@@ -166,8 +198,9 @@ template <class Real> int viterbi(const hmm_problem &p, Real *score, int16_t *po
   constexpr int kTile = 256;
   const bool tiled = p.states > kMostThreads;
   const int most = tiled ? kTile : kMostThreads;
-  const Tiling o = tiling_of<Real>(p.states, most, kMostThreads, kTile, fixed_bytes<Real>(most, p.states, tiled));
-  const size_t bytes = Ring<Real, true>::bytes(o) + fixed_bytes<Real>(o.threads, p.states, tiled);
+  const auto fixed = tiled ? ViterbiMemory<Real, true>::bytes : ViterbiMemory<Real, false>::bytes;
+  const Tiling o = tiling_of<Real>(p.states, most, kMostThreads, kTile, fixed(p.states, most));
+  const size_t bytes = Ring<Real, true>::bytes(o) + fixed(p.states, o.threads);
   return launch(tiled ? viterbi_kernel<Real, true> : viterbi_kernel<Real, false>, dim3(unsigned(p.batch)), o.threads, bytes, stream, p, o,
                 score, pointers, states);
 }
