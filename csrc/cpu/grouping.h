@@ -14,17 +14,20 @@ struct Grouping {
   int64_t batch;
   int most;     // sequences in a group
   int halves;   // 2: from both ends
+  int chunks;   // more than 1: so many workers are a team
   int workers;  // shares of the work
 
-  Grouping(const hmm_problem &p, const int64_t *sorted, bool shared, bool both_ends)
-      : order(sorted), lengths(p.lengths), batch(p.batch), halves(both_ends ? 2 : 1) {
-    const int64_t threads = p.threads / halves > 1 ? p.threads / halves : 1, share = (batch + threads - 1) / threads;
+  Grouping(const hmm_problem &p, const int64_t *sorted, bool shared, bool both_ends, int step_chunks = 1)
+      : order(sorted), lengths(p.lengths), batch(p.batch), halves(both_ends ? 2 : 1), chunks(step_chunks) {
+    const int64_t most_teams = p.threads / chunks, threads = most_teams / halves > 1 ? most_teams / halves : 1, share = (batch + threads - 1) / threads;
     most = !shared ? 1 : share >= 7 ? 8 : share >= 3 ? 4 : share >= 2 ? 2 : 1;
     int64_t groups = 0;
     for (int64_t at = 0; at < batch; groups++) at += group(at).size;
     const int64_t items = p.time_varying || !shared ? batch : groups * halves;
-    workers = int(items < p.threads ? items : p.threads);
+    workers = int(items < most_teams ? items : most_teams) * chunks;
   }
+  int team(int worker) const { return worker / chunks; }
+  int chunk(int worker) const { return worker % chunks; }
   // The group from position `at` on.
   Group group(int64_t at) const {
     const int64_t left = batch - at;
@@ -34,14 +37,14 @@ struct Grouping {
     for (int64_t m = 0; m < (left < size ? left : size); m++) g.add(order[at + m], 0, lengths[order[at + m]], false);
     return g;
   }
-  // body(group of whole sequences, its number, half) for each share of this worker's, until it returns false.
+  // body(group of whole sequences, its number, half) for each share of this worker's team, until it returns false.
   template <class Body> bool share(int worker, Body body) const {
     int64_t at = 0, item = 0;
     for (int64_t k = 0; at < batch; k++) {
       const Group whole = group(at);
       at += whole.size;
       for (int h = 0; h < halves; h++)
-        if (item++ % workers == worker && !body(whole, k, h)) return false;
+        if (item++ % (workers / chunks) == team(worker) && !body(whole, k, h)) return false;
     }
     return true;
   }

@@ -53,6 +53,24 @@ struct Ends {
   bool lost[kGroup];
 };
 
+// What one chunk of a product's columns adds: each sequence's part of the sum, and whether (entrywise) failed there.
+struct alignas(64) Part {
+  double total[kGroup];
+  bool lost[kGroup];
+};
+
+// Those who take a group's steps together: here one thread that does everything; lockstep.h has the others. A walk is a
+// sequence of phases, of chunks that neither read what another chunk of their phase writes nor depend on who does them.
+class Alone {
+ public:
+  int chunks() const { return 1; }
+  Part *parts() { return &part; }
+  template <class Body> void together(Body body) { body(0); }
+
+ private:
+  Part part;
+};
+
 // function(Width<M>) for the smallest M of 1, 2, 4, 8 that holds `rows` rows, which are 1 at least.
 template <class Function> HMM_INLINE void for_rows(int rows, Function function) {
   if (rows > 4) function(Width<8>{});
@@ -169,14 +187,16 @@ void forward_step(const Panels<Real> &panels, bool mixing, const Real *const *pr
   constexpr int W = kLanes<Real>, B = kVectors<M>;
   Vec<Real> sum[M];
   for (int m = 0; m < M; m++) sum[m] = Vec<Real>{};
-  int64_t j = 0;
-  for (; panels.columns - j > (B - 1) * W; j += B * W) forward_columns<M, B>(panels, mixing, j, previous, w, out, sum, flag);
-  for (; j < panels.columns; j += W) forward_columns<M, 1>(panels, mixing, j, previous, w, out, sum, flag);
+  int64_t j = panels.span.begin;
+  const int64_t end = panels.span.end;
+  for (; end - j > (B - 1) * W; j += B * W) forward_columns<M, B>(panels, mixing, j, previous, w, out, sum, flag);
+  for (; j < end; j += W) forward_columns<M, 1>(panels, mixing, j, previous, w, out, sum, flag);
   for (int m = 0; m < M; m++) total[m] = double(sum_of<Real>(sum[m]));
 }
 
-// Rows of scratch a group needs: per sequence one of weights and one of products, and three to spare.
-constexpr int kGroupRows = 2 * kGroup + 3;
+// Rows of scratch a group needs: per sequence one of weights and one of products, two more, and two per chunk.
+constexpr int kSharedRows = 2 * kGroup + 2;
+constexpr int group_rows(int chunks) { return kSharedRows + 2 * chunks; }
 
 // a_0, or from the end b_{L-1}: 2^30 exp(initial) * w, or 2^30 w.
 template <class Real>
@@ -207,51 +227,87 @@ template <class Real> int rescale(Real *message, double &total, int64_t N) {
   return up;
 }
 
-template <class Real>
-void forward_group(const hmm_problem &p, const Arcs<Real> &arcs, const Group &group, Real *scratch, Real *alpha,
-                   Real *centre, Ends &ends) {
-  const int64_t N = p.states, padded = arcs.padded, longest = group.size ? group.length[0] : 0, stride = group.step * N;
-  const Panels<Real> panels = arcs.panels(group.step);
-  const Real *previous[kGroup], *w[kGroup];
-  Real *weights = scratch, *idle = scratch + kGroup * padded, *spare = idle + padded, *zeros = spare + padded;
-  Real *out[kGroup], *own[kGroup];  // own: where a sequence's message of this step goes
-  double total[kGroup];
-  bool *flag = ends.lost;
-  for (int m = 0; m < group.size; m++) {
-    ends.total[m] = ends.taken[m] = flag[m] = 0;
-    own[m] = alpha + (group.index[m] * p.time + group.first[m]) * N;
+// The forward pass of a group. Chunks of products are columns, those of everything else are sequences.
+template <class Real> struct ForwardWalk {
+  const hmm_problem &p;
+  const Arcs<Real> &arcs;
+  const Group &group;
+  Real *scratch, *alpha, *centre;
+  Ends &ends;
+  Part *parts;  // (chunks,)
+  const int chunks;
+
+  const int64_t N = p.states, padded = arcs.padded, stride = group.step * N;
+  Real *const weights = scratch, *const idle = scratch + kGroup * padded, *const zeros = idle + padded;
+
+  Real *message(int m, int64_t t) const { return alpha + (group.index[m] * p.time + group.frame(m, t)) * N; }
+
+  void begin(int m) {
+    ends.total[m] = ends.taken[m] = ends.lost[m] = 0;
+    for (int c = 0; c < chunks; c++) parts[c].total[m] = parts[c].lost[m] = 0;
   }
-  for (int64_t t = 0; t < longest; t++) {
-    const int running = group.running(t), rows = running > 4 ? 8 : running > 2 ? 4 : running;
+
+  // The weights of step t; at the first one, the first message too.
+  void enter(int m, int64_t t, int chunk) {
+    if (ends.lost[m]) return;
+    const int64_t frame = group.frame(m, t), row = group.index[m] * p.time + frame;
+    Real *const w = weights + m * padded, *const spare = scratch + (kSharedRows + 2 * chunk) * padded;
+    if (t + kAhead < group.length[m]) {
+      if (p.emission) prefetch<false>((const Real *)p.emission + row * N + kAhead * stride, N);
+      prefetch<true>(message(m, t + kAhead), N);
+    }
+    const Sequence<Real> q(p, group.index[m]);
+    ends.taken[m] += weigh<true>(q, arcs, frame, centre[row], w, spare);
+    if (t == 0)
+      first_message<Real>(q, arcs.mixing, group.step < 0, w, spare, message(m, 0), parts[0].total[m], ends.taken[m], parts[0].lost[m]);
+  }
+
+  // This chunk of step t's messages, while there is a sequence that is not lost.
+  void product(int64_t t, int chunk) {
+    const int running = group.running(t);
+    const Real *previous[kGroup], *w[kGroup];
+    Real *out[kGroup];
     bool hope = false;
-    for (int m = 0; m < running; m++) hope |= !flag[m];
-    if (!hope) break;
-    for (int m = 0; m < rows; m++) {  // the rows past the running ones repeat the first, with weight 0, into `idle`
-      previous[m] = (m < running ? own[m] : own[0]) - stride;
-      out[m] = m < running ? own[m] : idle;
+    for (int m = 0; m < kGroup; m++) {  // the rows past the running ones repeat the first, with weight 0, into `idle`
+      previous[m] = message(m < running ? m : 0, t) - stride;
+      out[m] = m < running ? message(m, t) : idle;
       w[m] = m < running ? weights + m * padded : zeros;
+      parts[chunk].lost[m] = m < running && ends.lost[m];
+      hope |= m < running && !ends.lost[m];
     }
-    for (int m = 0; m < running; m++) {
-      const int64_t frame = group.frame(m, t), row = group.index[m] * p.time + frame;
-      if (t + kAhead < group.length[m]) {
-        if (p.emission) prefetch<false>((const Real *)p.emission + row * N + kAhead * stride, N);
-        prefetch<true>(out[m] + kAhead * stride, N);
+    if (!hope) return;
+    for_rows(running, [&](auto width) {
+      forward_step<decltype(width)::value, Real>(arcs.panels(group.step).chunk(chunk, chunks), arcs.mixing, previous, w, out,
+                                                 parts[chunk].total, parts[chunk].lost);
+    });
+  }
+
+  // Step t of a sequence, when all chunks of its product are there.
+  void finish(int m, int64_t t) {
+    if (ends.lost[m]) return;
+    double total = 0;
+    for (int c = 0; c < chunks; c++) total += parts[c].total[m], ends.lost[m] |= parts[c].lost[m];
+    if (!(total >= arcs.least_sum)) ends.lost[m] = true;  // infeasible, lost or NaN: redo.h tells which
+    else if (!(total >= std::ldexp(1., kLowestTopBits) && total < std::ldexp(1., kTopBits + 1)))
+      ends.taken[m] -= rescale(message(m, t), total, N) * kLn2;
+    if (t == group.length[m] - 1) ends.total[m] = total;
+  }
+};
+
+template <class Real, class Team>
+void forward_group(const hmm_problem &p, const Arcs<Real> &arcs, const Group &group, Real *scratch, Real *alpha,
+                   Real *centre, Ends &ends, Team &team) {
+  const int64_t longest = group.size ? group.length[0] : 0;
+  ForwardWalk<Real> walk = {p, arcs, group, scratch, alpha, centre, ends, team.parts(), team.chunks()};
+  for (int64_t t = 0; t <= longest; t++) {
+    team.together([&](int chunk) {
+      for (int m = chunk; m < group.size; m += team.chunks()) {
+        if (t == 0) walk.begin(m);
+        else if (t <= group.length[m]) walk.finish(m, t - 1);
+        if (t < group.length[m]) walk.enter(m, t, chunk);
       }
-      const Sequence<Real> q(p, group.index[m]);
-      ends.taken[m] += weigh<true>(q, arcs, frame, centre[row], weights + m * padded, spare);
-      if (t == 0) first_message<Real>(q, arcs.mixing, group.step < 0, w[m], spare, out[m], total[m], ends.taken[m], flag[m]);
-    }
-    if (t > 0)
-      for_rows(running, [&](auto width) {
-        forward_step<decltype(width)::value, Real>(panels, arcs.mixing, previous, w, out, total, flag);
-      });
-    for (int m = 0; m < running; m++) {
-      if (!(total[m] >= arcs.least_sum)) flag[m] = true;  // infeasible, lost or NaN: redo.h tells which
-      else if (!(total[m] >= std::ldexp(1., kLowestTopBits) && total[m] < std::ldexp(1., kTopBits + 1)))
-        ends.taken[m] -= rescale(out[m], total[m], N) * kLn2;
-      if (t == group.length[m] - 1) ends.total[m] = total[m];
-      own[m] += stride;
-    }
+    });
+    if (0 < t && t < longest) team.together([&](int chunk) { walk.product(t, chunk); });
   }
 }
 
@@ -268,9 +324,9 @@ HMM_APART void backward_step(const Panels<Real> &panels, const Real *const *u, R
 #pragma GCC unroll 16
       for (int v = 0; v < b; v++) store(out[m] + i0 + v * W, acc[m][v]);
   };
-  int64_t i = 0;
-  for (; panels.columns - i > (B - 1) * W; i += B * W) columns(Width<B>{}, i);
-  for (; i < panels.columns; i += W) columns(Width<1>{}, i);
+  int64_t i = panels.span.begin;
+  for (; panels.span.end - i > (B - 1) * W; i += B * W) columns(Width<B>{}, i);
+  for (; i < panels.span.end; i += W) columns(Width<1>{}, i);
 }
 
 // G = sum a b over the states that can be reached; b of the others becomes 0, whatever it overflowed to.
@@ -321,45 +377,79 @@ void join_halves(const hmm_problem &p, const Arcs<Real> &arcs, const Group &whol
   }
 }
 
-template <class Real>
-void backward_group(const hmm_problem &p, const Arcs<Real> &arcs, const Group &group, Real *scratch, const Real *grad,
-                    const Real *alpha, const Real *centre, Real *state, Counts<Real> *counts) {
-  const int64_t N = p.states, padded = arcs.padded, longest = group.size ? group.length[0] : 0;
-  const Panels<Real> panels = arcs.panels(-group.step);
+// The backward pass of a group, in chunks as the forward one.
+template <class Real> struct BackwardWalk {
+  const hmm_problem &p;
+  const Arcs<Real> &arcs;
+  const Group &group;
+  Real *scratch;
+  const Real *grad, *alpha, *centre;
+  Real *state;
+  Counts<Real> *counts;  // null: nothing is counted
+  const int chunks;
+
   // `next` holds w * b of the step after; the idle rows of a step go to `idle`.
-  Real *next = scratch, *beta = next + kGroup * padded, *spare = beta + kGroup * padded, *w = spare + padded, *idle = w + padded;
-  for (int64_t t = longest - 1; t >= 0; t--) {
-    const int running = group.running(t), entered = group.entered(t);
+  const int64_t N = p.states, padded = arcs.padded;
+  Real *const next = scratch, *const beta = next + kGroup * padded, *const idle = beta + kGroup * padded;
+
+  // This chunk of step t's messages, before they are normalised.
+  void product(int64_t t, int chunk) {
+    const int entered = group.entered(t);
+    if (!entered) return;
     const Real *u[kGroup];
     Real *out[kGroup];
     for (int m = 0; m < kGroup; m++) {
       u[m] = next + (m < entered ? m : 0) * padded;
       out[m] = m < entered ? beta + m * padded : idle;
-      if (m < entered && t == group.length[m] - 1)
+      if (m < entered && t == group.length[m] - 1)  // of halves, which one thread walks alone
         std::memcpy(next + m * padded, alpha + (group.index[m] * p.time + group.frame(m, t + 1)) * N, N * sizeof(Real));
     }
-    if (entered)
-      for_rows(entered, [&](auto width) { backward_step<decltype(width)::value, Real>(panels, u, out); });
-    for (int m = 0; m < running; m++) {
-      const int64_t b = group.index[m], frame = group.frame(m, t), row = b * p.time + frame;
-      const Real *a = alpha + row * N;
-      if (t >= kAhead) {
-        const int64_t ahead = kAhead * group.step * N;
-        prefetch<false>(a - ahead, N);
-        if (p.emission) prefetch<false>((const Real *)p.emission + row * N - ahead, N);
-        prefetch<true>(state + row * N - ahead, N);
-      }
-      Real *const y = beta + m * padded;
-      if (m >= entered)
-        for (int64_t j = 0; j < N; j++) y[j] = 1;
-      const Real inverse = Real(1) / posterior_mass(a, y, N);
-      // The arcs from one half to the other are counted by the first.
-      if (counts && m < entered && (group.step > 0 || t < group.length[m] - 1))
-        counts->add(a, grad[b] * counts->grad_scale * inverse, next + m * padded);
-      Real found = t ? centre[row] : Real(0);
-      if (t) weigh<false>(Sequence<Real>(p, b), arcs, frame, found, w, spare);
-      posterior_row<Real>(a, y, t ? w : nullptr, grad[b], inverse, N, state + row * N, next + m * padded);
+    for_rows(entered, [&](auto width) {
+      backward_step<decltype(width)::value, Real>(arcs.panels(-group.step).chunk(chunk, chunks), u, out);
+    });
+  }
+
+  // Sequences that count an arc at step t. The arcs from one half to the other are counted by the first.
+  int counted(int64_t t) const { return group.step > 0 ? group.entered(t) : group.running(t + 1); }
+
+  // The posteriors of step t, and what the step before needs; what is counted goes to the slot.
+  void posterior(int m, int64_t t, int64_t slot, int chunk) {
+    const int64_t b = group.index[m], frame = group.frame(m, t), row = b * p.time + frame;
+    Real *const spare = scratch + (kSharedRows + 2 * chunk) * padded, *const w = spare + padded;
+    const Real *a = alpha + row * N;
+    if (t >= kAhead) {
+      const int64_t ahead = kAhead * group.step * N;
+      prefetch<false>(a - ahead, N);
+      if (p.emission) prefetch<false>((const Real *)p.emission + row * N - ahead, N);
+      prefetch<true>(state + row * N - ahead, N);
     }
+    Real *const y = beta + m * padded;
+    if (m >= group.entered(t))
+      for (int64_t j = 0; j < N; j++) y[j] = 1;
+    const Real inverse = Real(1) / posterior_mass(a, y, N);
+    if (counts && m < counted(t)) counts->put(slot, a, grad[b] * counts->grad_scale * inverse, next + m * padded);
+    Real found = t ? centre[row] : Real(0);
+    if (t) weigh<false>(Sequence<Real>(p, b), arcs, frame, found, w, spare);
+    posterior_row<Real>(a, y, t ? w : nullptr, grad[b], inverse, N, state + row * N, next + m * padded);
+  }
+};
+
+template <class Real, class Team>
+void backward_group(const hmm_problem &p, const Arcs<Real> &arcs, const Group &group, Real *scratch, const Real *grad,
+                    const Real *alpha, const Real *centre, Real *state, Counting<Real> &counting, Team &team) {
+  BackwardWalk<Real> walk = {p, arcs, group, scratch, grad, alpha, centre, state, counting.sums, team.chunks()};
+  for (int64_t t = (group.size ? group.length[0] : 0) - 1; t >= 0; t--) {
+    const int running = group.running(t), counted = walk.counted(t);
+    const bool room = counting.room(counted);
+    team.together([&](int chunk) {
+      walk.product(t, chunk);
+      if (!room) counting.flush(chunk_of<Real>(p.states, chunk, team.chunks()));
+    });
+    if (!room) counting.flushed();
+    team.together([&](int chunk) {
+      for (int m = chunk; m < running; m += team.chunks()) walk.posterior(m, t, counting.filled + m, chunk);
+    });
+    counting.filled += counted;
   }
 }
 
