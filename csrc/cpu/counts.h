@@ -1,5 +1,6 @@
 // Expected transition counts: counts(i, j) = A(i, j) sum over frames of left(i) right(j), one matrix product a block of
-// frames. 2 N^2 flops a frame, 4 N bytes packed as they arrive; the sum, 4 N^2 bytes, is read and written once in 256 frames.
+// frames. 2 N^2 flops a frame, 8 N bytes packed as they arrive (rows of messages lie a power of two apart, of which a cache
+// keeps few: read in place, N = 1024 took 1.15 times as long); the sum, 4 N^2 bytes, is read and written once in 256 frames.
 // Bound by arithmetic: 160 GFLOP/s at N = 50, 200 at 512, 190 at 1024, of 234 (AMD EPYC, AVX-512). Limits: none on N or T.
 #pragma once
 #include "scaled_arcs.h"
@@ -11,12 +12,12 @@ template <class Real> struct Counts {
   static constexpr int kDepth = 256;                                           // frames a block
   const int64_t N, padded;
   const Real grad_scale;  // a power of two that brings the largest |grad| near 1, so that products stay in range
-  Scratch<Real> sum, right;
-  const Real *left[kDepth];
+  Scratch<Real> sum, left, right;  // left and right: panels of a tile's rows and columns, a slot a row
 
   Counts(int64_t n, const Real *grad, int64_t batch)
-      : N(n), padded(round_up(n, kColumns)), grad_scale(scale_of(grad, batch)), sum(round_up(n, kRows) * padded, false), right(padded * kDepth, false) {}
-  bool allocated() const { return sum.data && right.data; }
+      : N(n), padded(round_up(n, kColumns)), grad_scale(scale_of(grad, batch)), sum(round_up(n, kRows) * padded, false),
+        left(round_up(n, kRows) * kDepth, false), right(padded * kDepth, false) {}
+  bool allocated() const { return sum.data && left.data && right.data; }
 
   static Real scale_of(const Real *grad, int64_t batch) {
     Real largest = 0;
@@ -24,11 +25,12 @@ template <class Real> struct Counts {
     return largest > 0 && std::isfinite(largest) ? std::ldexp(Real(1), -std::ilogb(largest)) : Real(1);
   }
 
-  // One frame: a (N), which must stay where it is until the next flush, on the left; scale * u (padded) on the right.
+  // One frame: a (N) on the left, scale * u (padded) on the right.
   void put(int64_t slot, const Real *a, Real scale, const Real *u) {
     constexpr int W = kLanes<Real>;
     scale *= std::ldexp(Real(1), -kTopBits);  // so that the products stay in range; finish() takes it back
-    left[slot] = a;
+    for (int64_t i = 0; i < N; i += kRows)
+      std::memcpy(left + i * kDepth + slot * kRows, a + i, size_t(N - i < kRows ? N - i : kRows) * sizeof(Real));
     for (int64_t j = 0; j < padded; j += W)
       store(right + j / kColumns * kColumns * kDepth + slot * kColumns + j % kColumns, load(u + j) * scale);
   }
@@ -37,15 +39,14 @@ template <class Real> struct Counts {
   template <int Rows> void tile(int64_t i, int64_t j, int64_t frames, bool begun) {
     constexpr int W = kLanes<Real>, B = kColumns / W;
     Vec<Real> acc[Rows][B] = {};
-    const Real *y = right + j * kDepth;
+    const Real *x = left + i / kRows * kRows * kDepth + i % kRows, *y = right + j * kDepth;
     for (int64_t k = 0; k < frames; k++) {
-      const Real *x = left[k] + i;
       Vec<Real> column[B];
 #pragma GCC unroll 4
       for (int v = 0; v < B; v++) column[v] = load(y + k * kColumns + v * W);
 #pragma GCC unroll 8
       for (int m = 0; m < Rows; m++) {
-        const Vec<Real> s = splat(x[m]);
+        const Vec<Real> s = splat(x[k * kRows + m]);
 #pragma GCC unroll 4
         for (int v = 0; v < B; v++) acc[m][v] += s * column[v];
       }
@@ -57,24 +58,24 @@ template <class Real> struct Counts {
       }
   }
 
-  // Empties the slots filled so far into these columns of the sum; `begun`: not for the first time.
-  void flush(int64_t frames, bool begun, Span columns) {
-    for (int64_t j = columns.begin; j < columns.end; j += kColumns) {
-      int64_t i = 0;
-      for (; i + kRows <= N; i += kRows) tile<kRows>(i, j, frames, begun);
-      for (; i + 2 <= N; i += 2) tile<2>(i, j, frames, begun);
-      if (i < N) tile<1>(i, j, frames, begun);
+  // Empties the slots filled so far into these rows of the sum; `begun`: not for the first time.
+  void flush(int64_t frames, bool begun, Span rows) {
+    for (int64_t j = 0; j < padded; j += kColumns) {
+      int64_t i = rows.begin;
+      for (; i + kRows <= rows.end; i += kRows) tile<kRows>(i, j, frames, begun);
+      for (; i + 2 <= rows.end; i += 2) tile<2>(i, j, frames, begun);
+      if (i < rows.end) tile<1>(i, j, frames, begun);
     }
   }
 
-  // edge (N, N) = A * sum in these columns, or += where it holds something. A forbidden arc gets nothing, whatever its sum
-  // overflowed to. Where the frames came against the arcs (step -1), the sum and its panels are transposed.
-  void finish(const Arcs<Real> &arcs, int step, Span columns, Real *edge, bool add) const {
+  // edge (N, N) = A * sum in these rows of the sum, or += where it holds something. A forbidden arc gets nothing, whatever
+  // its sum overflowed to. Where the frames came against the arcs (step -1), the sum and its panels are transposed.
+  void finish(const Arcs<Real> &arcs, int step, Span rows, Real *edge, bool add) const {
     constexpr int P = kPanel<Real>, W = kLanes<Real>;
     const Real *panels = arcs.along(step), up = std::ldexp(Real(1), kTopBits), unscale = 1 / grad_scale;
     Vec<Real> square[W];
-    for (int64_t i = 0; i < N; i += W)
-      for (int64_t j = columns.begin; j < columns.end; j += W) {
+    for (int64_t i = rows.begin; i < rows.end; i += W)
+      for (int64_t j = 0; j < N; j += W) {
         for (int v = 0; v < W; v++) {
           square[v] = Vec<Real>{};
           if (i + v >= N) continue;
@@ -91,23 +92,24 @@ template <class Real> struct Counts {
   }
 };
 
-// A thread's view of sums that its team fills: how far they are follows from the sequences' lengths, so each counts for itself.
+// A thread's view of sums that its team fills: how far they are follows from the sequences' lengths, so that each thread
+// keeps account for itself.
 template <class Real> struct Counting {
   Counts<Real> *sums;   // null: nothing is counted
   int64_t filled = 0;   // slots
   bool begun = false;   // the sums hold earlier slots
 
   bool room(int slots) const { return !sums || filled + slots <= Counts<Real>::kDepth; }
-  void flush(Span columns) const { sums->flush(filled, begun, columns); }
+  void flush(Span rows) const { sums->flush(filled, begun, rows); }
   void flushed() { filled = 0, begun = true; }
 
   // What was counted, into or onto edge.
   template <class Team> void finish(const Arcs<Real> &arcs, int step, Real *edge, bool add, Team &team) {
     if (!sums || (add && !begun && !filled)) return;
     team.together([&](int chunk) {
-      const Span columns = chunk_of<Real>(sums->N, chunk, team.chunks());
-      flush(columns);
-      sums->finish(arcs, step, columns, edge, add);
+      const Span rows = chunk_of<Real>(sums->N, chunk, team.chunks());
+      flush(rows);
+      sums->finish(arcs, step, rows, edge, add);
     });
     flushed();
   }

@@ -6,9 +6,13 @@ namespace {
 
 // How sequences (in the order of falling length) share the steps of a product and the threads. Groups of up to 8 go
 // through a step together: full groups, then what is left in powers of two, so that few rows of a product are idle. Where
-// there are fewer full groups than threads, time is halved before groups are: two threads walk the same group from both
-// ends, and the product keeps its rows (at N = 512 the packed arcs stream from the second cache once a step; for 4 rows
-// instead of 8 that is most of the time).
+// there are fewer full groups than threads, two more ways keep the product's rows, which halving groups would not (the packed
+// arcs stream from a cache once a step; at N = 512, for 4 rows instead of 8, that is most of the time):
+//   from both ends: time is halved, two threads walk the same group. No thread waits for another but at the end; each streams a
+//     packed matrix of its own, one of them transposed;
+//   in lockstep (lockstep.h): columns are shared out in chunks, a team of threads takes each step of a group together and then
+//     the next group. Two waits a step; each thread streams its chunk only.
+// The second wins from N = 512 on (ops.py), where two matrices no longer fit the caches that one does.
 struct Grouping {
   const int64_t *order, *lengths;
   int64_t batch;

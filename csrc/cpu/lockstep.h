@@ -10,9 +10,8 @@
 #include <deque>
 #include <thread>
 
-#include "counts.h"
 #include "parallel.h"
-#include "scaled.h"
+#include "walks.h"
 
 namespace {
 
@@ -30,10 +29,11 @@ class Lockstep {
            __atomic_compare_exchange_n(phases, &phase, phase + 1, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
   }
   void finished() { __atomic_fetch_add(&done, 1, __ATOMIC_RELEASE); }
+
   // Until that many chunks are done. Whoever has claimed them may be waiting for this very core, which yielding would not
   // give up in time, nor move one of the two to an idle one: a thread that has spun for long sleeps.
   void await(int64_t wanted) const {
-    constexpr int spins = 4000;  // some 100 us
+    constexpr int spins = 1000;  // some 25 us
     for (int k = 0; __atomic_load_n(&done, __ATOMIC_ACQUIRE) < wanted; k++) {
       if (k >= spins) std::this_thread::sleep_for(std::chrono::microseconds(20));
 #if defined(__x86_64__)

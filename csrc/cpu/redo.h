@@ -6,7 +6,7 @@
 #include <optional>
 
 #include "log_space.h"
-#include "scaled.h"
+#include "walks.h"
 
 namespace {
 

@@ -23,7 +23,8 @@
 //     N exps weigh as much as the product); N = 128, 1.4 + 2.6 ms, 190 and 200; N = 512, 19 + 43 ms, 220 and 190.
 //   B = 1, the arcs' bytes: forward, 3,000 frames, N = 128 in 1.2 ms, 160 GB/s; N = 512 in 21 ms, 150; N = 1024 (1,000
 //     frames) in 39 ms, 109. Below N = 64 a frame takes some 40 ns beside the product.
-// Two threads over one: B = 8, N = 50, 1.6; N = 512, 1.85; N = 1024, 1.7; B = 1, N = 50, 1.3; N >= 256, 1.7 to 1.9.
+// Two threads over one, from both ends: B = 8, N = 50, 1.6; B = 1, N = 50, 1.3; N = 256, 1.7. In lockstep, B = 8, 300 frames:
+// N = 512, 1.85 forward and 1.7 backward; N = 1024, 1.85 and 1.65; N = 2048, 1.95 and 1.75. More threads were not measured.
 // Limits: none on N or T.
 //
 // When is it exact? A number below 2^-126 (float) is lost. Two certificates, either is enough:
@@ -86,8 +87,9 @@ struct Span {
 // One of several chunks of the columns, in pairs of panels: what a column's product is does not depend on the chunks.
 template <class Real> constexpr int kChunkColumns = 2 * kPanel<Real>;
 template <class Real> Span chunk_of(int64_t columns, int chunk, int chunks) {
-  const int64_t pairs = (columns + kChunkColumns<Real> - 1) / kChunkColumns<Real>, end = pairs * (chunk + 1) / chunks * kChunkColumns<Real>;
-  return {pairs * chunk / chunks * kChunkColumns<Real>, end < columns ? end : columns};
+  constexpr int64_t width = kChunkColumns<Real>;
+  const int64_t pairs = (columns + width - 1) / width, end = pairs * (chunk + 1) / chunks * width;
+  return {pairs * chunk / chunks * width, end < columns ? end : columns};
 }
 
 // A matrix (depth, columns) as panels of packed columns, of which those in `span` are computed.

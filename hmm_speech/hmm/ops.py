@@ -95,6 +95,8 @@ class _Call:
 # A second thread takes 10 to 20 us to start. A frame of one sequence takes some 32 + N ns, more for large N: sequences
 # are walked from both ends where that makes 60 us or more in all.
 _BOTH_ENDS_FROM = 60_000
+# States from which threads take every step of the same sequences together (csrc/cpu/lockstep.h) instead: two packed
+# matrices, one a direction, then no longer fit the caches that one does.
 _STEPS_FROM = 512
 
 
@@ -108,7 +110,7 @@ def _sharing(batch: int, time: int, num_states: int, both_ends: bool) -> int:
 
 def _forward(initial, transition, emission, lengths, final, both_ends=True):
     call = _Call(initial, transition, emission, lengths, final)
-    batch, time, num_states = call.shape
+    batch, time, _ = call.shape
     call.problem.sharing = _sharing(*call.shape, both_ends)
     log_partition, alpha = call.empty(batch), call.messages(*call.shape)
     norm = call.messages(*call.shape if call.time_varying else (0,))
