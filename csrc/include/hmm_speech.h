@@ -233,7 +233,7 @@ HMM_API int hmm_low_rank_backward_f64(const hmm_low_rank *, const double *grad, 
  * `lengths`; work is put on `stream` (a cudaStream_t) and not waited for, so that values of lengths are not checked.
  * N is at most HMM_CUDA_MOST_STATES. alpha, norm and centre are as above, but norm (B, T, N) is always needed: method is
  * HMM_SCALED, or HMM_LOG_SPACE also for sequences of a shared transition that could not be certified. transition_time_stride
- * is 0 where time_varying is, threads and both_ends are not looked at. `workspace` is hmm_cuda_workspace() bytes, from
+ * is 0 where time_varying is, threads and sharing are not looked at. `workspace` is hmm_cuda_workspace() bytes, from
  * whose start on nothing is kept between calls. */
 #define HMM_CUDA_MOST_STATES 4096
 enum hmm_cuda_pass { HMM_CUDA_FORWARD = 0, HMM_CUDA_BACKWARD = 1 };
