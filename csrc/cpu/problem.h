@@ -31,11 +31,11 @@ template <class Real> struct Sequence {
   const Real *frame(int64_t t) const { return emission + t * states; }
 };
 
-// Scratch memory, 64-byte aligned and zeroed; null after a failed allocation. Large blocks ask for huge pages: a step of
+// Scratch memory, 64-byte aligned and (unless it is all written first) zeroed; null after a failed allocation. Large blocks ask for huge pages: a step of
 // the recursion reads all packed arcs, and faulting 4 MB in by small pages (N = 1024) takes longer than packing them.
 template <class Real> struct Scratch {
   Real *data;
-  explicit Scratch(size_t n) {
+  explicit Scratch(size_t n, bool zeroed = true) {
     constexpr size_t huge = size_t(1) << 21;
     size_t bytes = (n * sizeof(Real) + 127) / 64 * 64;
     const bool large = bytes >= huge / 2;
@@ -44,7 +44,7 @@ template <class Real> struct Scratch {
 #if defined(MADV_HUGEPAGE)
     if (data && large) madvise(data, bytes, MADV_HUGEPAGE);  // only advice
 #endif
-    if (data) __builtin_memset(data, 0, bytes);
+    if (data && zeroed) __builtin_memset(data, 0, bytes);
   }
   ~Scratch() { std::free(data); }
   Scratch(const Scratch &) = delete;

@@ -6,7 +6,7 @@
 #include <optional>
 
 #include "log_space.h"
-#include "scaled.h"
+#include "walks.h"
 
 namespace {
 
@@ -108,10 +108,11 @@ template <class Real> struct Redo {
 
   bool scaled_forward(const Widened &wide, double *alpha, double *centre, double &log_partition, int32_t &method) {
     if (!arcs->usable) return true;
-    Scratch<double> rows(kGroupRows * arcs->padded);
+    Scratch<double> rows(group_rows(1) * arcs->padded);
     if (!rows.data) return false;
     Ends ends;
-    forward_group(wide.problem, *arcs, wide.group(), (double *)rows, alpha, centre, ends);
+    Alone alone;
+    forward_group(wide.problem, *arcs, wide.group(), (double *)rows, alpha, centre, ends, alone);
     if (ends.lost[0]) return true;
     method = HMM_SCALED;
     log_partition = wide.length ? ends.taken[0] + std::log(ends.total[0]) : 0;
@@ -129,11 +130,13 @@ template <class Real> struct Redo {
     if (!scaled_forward(wide, alpha, centre, log_partition, method)) return false;
     if (method != HMM_SCALED) return true;
     Counts<double> counts(edges ? N : 0, &grad, 1);
-    Scratch<double> rows((2 * kGroup + 3) * arcs->padded);
+    Scratch<double> rows(group_rows(1) * arcs->padded);
     if (!counts.allocated() || !rows.data) return false;
+    Counting<double> counting = {edges ? &counts : nullptr};
+    Alone alone;
     backward_group(wide.problem, *arcs, wide.group(), (double *)rows, &grad, (const double *)alpha,
-                   (const double *)centre, (double *)wide_state, edges ? &counts : nullptr);
-    if (edges) counts.finish(*arcs, 1, edges);
+                   (const double *)centre, (double *)wide_state, counting, alone);
+    counting.finish(*arcs, 1, edges, false, alone);
     for (int64_t k = 0; k < L * N; k++) state[k] = Real(wide_state[k]);
     done = true;
     return true;

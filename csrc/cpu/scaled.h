@@ -1,7 +1,6 @@
-// Forward-backward by scaled probabilities over groups of sequences: the recursions, costs and certificates are in
-// scaled_arcs.h.
+// Forward-backward by scaled probabilities over groups of sequences, what a step is made of: the recursions, costs and
+// certificates are in scaled_arcs.h, whole passes in walks.h.
 #pragma once
-#include "counts.h"
 #include "scaled_arcs.h"
 
 namespace {
@@ -169,14 +168,12 @@ void forward_step(const Panels<Real> &panels, bool mixing, const Real *const *pr
   constexpr int W = kLanes<Real>, B = kVectors<M>;
   Vec<Real> sum[M];
   for (int m = 0; m < M; m++) sum[m] = Vec<Real>{};
-  int64_t j = 0;
-  for (; panels.columns - j > (B - 1) * W; j += B * W) forward_columns<M, B>(panels, mixing, j, previous, w, out, sum, flag);
-  for (; j < panels.columns; j += W) forward_columns<M, 1>(panels, mixing, j, previous, w, out, sum, flag);
+  int64_t j = panels.span.begin;
+  const int64_t end = panels.span.end;
+  for (; end - j > (B - 1) * W; j += B * W) forward_columns<M, B>(panels, mixing, j, previous, w, out, sum, flag);
+  for (; j < end; j += W) forward_columns<M, 1>(panels, mixing, j, previous, w, out, sum, flag);
   for (int m = 0; m < M; m++) total[m] = double(sum_of<Real>(sum[m]));
 }
-
-// Rows of scratch a group needs: per sequence one of weights and one of products, and three to spare.
-constexpr int kGroupRows = 2 * kGroup + 3;
 
 // a_0, or from the end b_{L-1}: 2^30 exp(initial) * w, or 2^30 w.
 template <class Real>
@@ -207,54 +204,6 @@ template <class Real> int rescale(Real *message, double &total, int64_t N) {
   return up;
 }
 
-template <class Real>
-void forward_group(const hmm_problem &p, const Arcs<Real> &arcs, const Group &group, Real *scratch, Real *alpha,
-                   Real *centre, Ends &ends) {
-  const int64_t N = p.states, padded = arcs.padded, longest = group.size ? group.length[0] : 0, stride = group.step * N;
-  const Panels<Real> panels = arcs.panels(group.step);
-  const Real *previous[kGroup], *w[kGroup];
-  Real *weights = scratch, *idle = scratch + kGroup * padded, *spare = idle + padded, *zeros = spare + padded;
-  Real *out[kGroup], *own[kGroup];  // own: where a sequence's message of this step goes
-  double total[kGroup];
-  bool *flag = ends.lost;
-  for (int m = 0; m < group.size; m++) {
-    ends.total[m] = ends.taken[m] = flag[m] = 0;
-    own[m] = alpha + (group.index[m] * p.time + group.first[m]) * N;
-  }
-  for (int64_t t = 0; t < longest; t++) {
-    const int running = group.running(t), rows = running > 4 ? 8 : running > 2 ? 4 : running;
-    bool hope = false;
-    for (int m = 0; m < running; m++) hope |= !flag[m];
-    if (!hope) break;
-    for (int m = 0; m < rows; m++) {  // the rows past the running ones repeat the first, with weight 0, into `idle`
-      previous[m] = (m < running ? own[m] : own[0]) - stride;
-      out[m] = m < running ? own[m] : idle;
-      w[m] = m < running ? weights + m * padded : zeros;
-    }
-    for (int m = 0; m < running; m++) {
-      const int64_t frame = group.frame(m, t), row = group.index[m] * p.time + frame;
-      if (t + kAhead < group.length[m]) {
-        if (p.emission) prefetch<false>((const Real *)p.emission + row * N + kAhead * stride, N);
-        prefetch<true>(out[m] + kAhead * stride, N);
-      }
-      const Sequence<Real> q(p, group.index[m]);
-      ends.taken[m] += weigh<true>(q, arcs, frame, centre[row], weights + m * padded, spare);
-      if (t == 0) first_message<Real>(q, arcs.mixing, group.step < 0, w[m], spare, out[m], total[m], ends.taken[m], flag[m]);
-    }
-    if (t > 0)
-      for_rows(running, [&](auto width) {
-        forward_step<decltype(width)::value, Real>(panels, arcs.mixing, previous, w, out, total, flag);
-      });
-    for (int m = 0; m < running; m++) {
-      if (!(total[m] >= arcs.least_sum)) flag[m] = true;  // infeasible, lost or NaN: redo.h tells which
-      else if (!(total[m] >= std::ldexp(1., kLowestTopBits) && total[m] < std::ldexp(1., kTopBits + 1)))
-        ends.taken[m] -= rescale(out[m], total[m], N) * kLn2;
-      if (t == group.length[m] - 1) ends.total[m] = total[m];
-      own[m] += stride;
-    }
-  }
-}
-
 // out[m] = A u[m] for M sequences; the panels hold A transposed.
 template <int M, class Real>
 HMM_APART void backward_step(const Panels<Real> &panels, const Real *const *u, Real *const *out) {
@@ -268,9 +217,9 @@ HMM_APART void backward_step(const Panels<Real> &panels, const Real *const *u, R
 #pragma GCC unroll 16
       for (int v = 0; v < b; v++) store(out[m] + i0 + v * W, acc[m][v]);
   };
-  int64_t i = 0;
-  for (; panels.columns - i > (B - 1) * W; i += B * W) columns(Width<B>{}, i);
-  for (; i < panels.columns; i += W) columns(Width<1>{}, i);
+  int64_t i = panels.span.begin;
+  for (; panels.span.end - i > (B - 1) * W; i += B * W) columns(Width<B>{}, i);
+  for (; i < panels.span.end; i += W) columns(Width<1>{}, i);
 }
 
 // G = sum a b over the states that can be reached; b of the others becomes 0, whatever it overflowed to.
@@ -293,73 +242,6 @@ HMM_INLINE void posterior_row(const Real *a, const Real *b, const Real *w, Real 
     const Vec<Real> y = load(b + j) * inverse;
     store_part(state + j, N - j, load_part(a + j, N - j, Real(0)) * y * grad);
     if (w) store(next + j, load(w + j) * y);
-  }
-}
-
-// log Z of sequences whose halves have met: log sum_ij a_{m-1}(i) A(i, j) b_m(j) and what was taken out. Adds to the first
-// half's ends; where there is no second half they stand as they are.
-template <class Real>
-void join_halves(const hmm_problem &p, const Arcs<Real> &arcs, const Group &whole, const Real *alpha, Real *scratch,
-                 Ends &first, const Ends &second) {
-  const int64_t N = p.states, padded = arcs.padded;
-  int halved = 0;
-  while (halved < whole.size && whole.length[halved] > 1) halved++;
-  if (!halved) return;
-  const Real *u[kGroup];
-  Real *out[kGroup];
-  for (int m = 0; m < kGroup; m++) {
-    const int n = m < halved ? m : 0;
-    u[m] = alpha + (whole.index[n] * p.time + meeting(whole.length[n])) * N;
-    out[m] = scratch + m * padded;
-  }
-  for_rows(halved, [&](auto width) { backward_step<decltype(width)::value, Real>(arcs.panels(-1), u, out); });
-  const double least = std::exp2(kLeastJoinedBits<Real> + 2 * std::log2(double(N)));
-  for (int m = 0; m < halved; m++) {
-    first.total[m] = double(posterior_mass(u[m] - N, out[m], N));
-    first.taken[m] += second.taken[m];
-    first.lost[m] |= second.lost[m] || !(first.total[m] >= least);
-  }
-}
-
-template <class Real>
-void backward_group(const hmm_problem &p, const Arcs<Real> &arcs, const Group &group, Real *scratch, const Real *grad,
-                    const Real *alpha, const Real *centre, Real *state, Counts<Real> *counts) {
-  const int64_t N = p.states, padded = arcs.padded, longest = group.size ? group.length[0] : 0;
-  const Panels<Real> panels = arcs.panels(-group.step);
-  // `next` holds w * b of the step after; the idle rows of a step go to `idle`.
-  Real *next = scratch, *beta = next + kGroup * padded, *spare = beta + kGroup * padded, *w = spare + padded, *idle = w + padded;
-  for (int64_t t = longest - 1; t >= 0; t--) {
-    const int running = group.running(t), entered = group.entered(t);
-    const Real *u[kGroup];
-    Real *out[kGroup];
-    for (int m = 0; m < kGroup; m++) {
-      u[m] = next + (m < entered ? m : 0) * padded;
-      out[m] = m < entered ? beta + m * padded : idle;
-      if (m < entered && t == group.length[m] - 1)
-        std::memcpy(next + m * padded, alpha + (group.index[m] * p.time + group.frame(m, t + 1)) * N, N * sizeof(Real));
-    }
-    if (entered)
-      for_rows(entered, [&](auto width) { backward_step<decltype(width)::value, Real>(panels, u, out); });
-    for (int m = 0; m < running; m++) {
-      const int64_t b = group.index[m], frame = group.frame(m, t), row = b * p.time + frame;
-      const Real *a = alpha + row * N;
-      if (t >= kAhead) {
-        const int64_t ahead = kAhead * group.step * N;
-        prefetch<false>(a - ahead, N);
-        if (p.emission) prefetch<false>((const Real *)p.emission + row * N - ahead, N);
-        prefetch<true>(state + row * N - ahead, N);
-      }
-      Real *const y = beta + m * padded;
-      if (m >= entered)
-        for (int64_t j = 0; j < N; j++) y[j] = 1;
-      const Real inverse = Real(1) / posterior_mass(a, y, N);
-      // The arcs from one half to the other are counted by the first.
-      if (counts && m < entered && (group.step > 0 || t < group.length[m] - 1))
-        counts->add(a, grad[b] * counts->grad_scale * inverse, next + m * padded);
-      Real found = t ? centre[row] : Real(0);
-      if (t) weigh<false>(Sequence<Real>(p, b), arcs, frame, found, w, spare);
-      posterior_row<Real>(a, y, t ? w : nullptr, grad[b], inverse, N, state + row * N, next + m * padded);
-    }
   }
 }
 

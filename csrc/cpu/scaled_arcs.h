@@ -23,7 +23,8 @@
 //     N exps weigh as much as the product); N = 128, 1.4 + 2.6 ms, 190 and 200; N = 512, 19 + 43 ms, 220 and 190.
 //   B = 1, the arcs' bytes: forward, 3,000 frames, N = 128 in 1.2 ms, 160 GB/s; N = 512 in 21 ms, 150; N = 1024 (1,000
 //     frames) in 39 ms, 109. Below N = 64 a frame takes some 40 ns beside the product.
-// Two threads over one: B = 8, N = 50, 1.6; N = 512, 1.85; N = 1024, 1.7; B = 1, N = 50, 1.3; N >= 256, 1.7 to 1.9.
+// Two threads over one, from both ends: B = 8, N = 50, 1.6; B = 1, N = 50, 1.3; N = 256, 1.7. In lockstep, B = 8, 300 frames:
+// N = 512, 1.85 forward and 1.7 backward; N = 1024, 1.85 and 1.65; N = 2048, 1.95 and 1.75. More threads were not measured.
 // Limits: none on N or T.
 //
 // When is it exact? A number below 2^-126 (float) is lost. Two certificates, either is enough:
@@ -79,11 +80,25 @@ template <int B> struct Width {
   static constexpr int value = B;
 };
 
-// A matrix (depth, columns) as panels of packed columns.
+struct Span {
+  int64_t begin, end;
+};
+
+// One of several chunks of the columns, in pairs of panels: what a column's product is does not depend on the chunks.
+template <class Real> constexpr int kChunkColumns = 2 * kPanel<Real>;
+template <class Real> Span chunk_of(int64_t columns, int chunk, int chunks) {
+  constexpr int64_t width = kChunkColumns<Real>;
+  const int64_t pairs = (columns + width - 1) / width, end = pairs * (chunk + 1) / chunks * width;
+  return {pairs * chunk / chunks * width, end < columns ? end : columns};
+}
+
+// A matrix (depth, columns) as panels of packed columns, of which those in `span` are computed.
 template <class Real> struct Panels {
   const Real *data;
   int64_t depth, columns;
+  Span span = {0, columns};
   const Real *from(int64_t j) const { return data + j / kPanel<Real> * kPanel<Real> * depth + j % kPanel<Real>; }
+  Panels chunk(int chunk, int chunks) const { return {data, depth, columns, chunk_of<Real>(columns, chunk, chunks)}; }
 };
 
 // The v-th vector of columns of row k, from column vector `packed` of a panel of K rows on.
@@ -141,58 +156,83 @@ template <class Real> struct Arcs {
   bool mixing = false, usable = true;      // which certificate applies; usable: no allowed arc was flushed
   bool wide = false;                       // shifts over 16 nats: e + c may cancel, its rounding must be made good
 
-  Arcs(const Real *scores, int64_t n, int64_t T, bool with_backward)
-      : N(n), padded(round_up(n, kPanel<Real>)), forward(padded * n), backward(with_backward ? padded * n : 0), shift(padded) {
-    if (!forward.data || !backward.data || !shift.data) return;
+  // What packing some columns has found.
+  struct Found {
+    Real highest, lowest;  // c(j), and the allowed arcs below their c
+    bool forbidden;
+  };
+
+  Arcs(int64_t n, bool with_backward)  // to be packed
+      : N(n), padded(round_up(n, kPanel<Real>)), forward(padded * n, false), backward(with_backward ? padded * n : 0, false),
+        shift(padded) {}
+  Arcs(const Real *scores, int64_t n, int64_t T, bool with_backward) : Arcs(n, with_backward) {
+    if (!allocated()) return;
+    const Found found = pack(scores, {0, N});
+    certify(&found, 1, T);
+    if (with_backward) pack_transposed({0, N});
+  }
+
+  // The columns' maxima (into `shift`) and panels.
+  Found pack(const Real *scores, Span span) {
     constexpr int P = kPanel<Real>, W = kLanes<Real>;
     const Real ninf = kNegativeInfinity<Real>;
+    Found found = {ninf, 0, false};
     Real *c = shift;
-    for (int64_t j = 0; j < padded; j++) c[j] = ninf;
+    for (int64_t j = span.begin; j < (span.end < N ? span.end : padded); j++) c[j] = ninf;
     for (int64_t i = 0; i < N; i++)
-      for (int64_t j = 0; j < N; j += W) store(c + j, larger(load(c + j), load_part(scores + i * N + j, N - j, ninf)));
+      for (int64_t j = span.begin; j < span.end; j += W)
+        store(c + j, larger(load(c + j), load_part(scores + i * N + j, N - j, ninf)));
     // On a grid, differences of any two c are exact, and so is the shift that the emissions get.
-    for (int64_t j = 0; j < N; j++) c[j] = c[j] == ninf ? ninf : std::rint(c[j] * 64) / 64;
-    Real highest = ninf;
-    for (int64_t j = 0; j < N; j++) highest = c[j] > highest ? c[j] : highest;  // +inf and NaN show in A
-    if (highest == ninf) highest = 0;
-    top = double(highest);
-    Real lowest = 0;  // of the allowed arcs, below their column's maximum
-    bool forbidden = false;
-    for (int64_t j = 0; j < padded; j += W) {
-      Vec<Real> m = load(c + j), origin = m == ninf ? Vec<Real>{} : m, low = {};
+    for (int64_t j = span.begin; j < span.end; j++) {
+      c[j] = c[j] == ninf ? ninf : std::rint(c[j] * 64) / 64;
+      found.highest = c[j] > found.highest ? c[j] : found.highest;  // +inf and NaN show in A
+    }
+    for (int64_t j = span.begin; j < span.end; j += W) {
+      const Vec<Real> m = load(c + j), origin = m == ninf ? Vec<Real>{} : m;
+      Vec<Real> low = {};
       Real *panel = forward + j / P * P * N + j % P;
       for (int64_t i = 0; i < N; i++) {
         Vec<Real> s = load_part(scores + i * N + j, N - j, ninf) - origin;
         Vec<Real> finite = s == ninf ? Vec<Real>{} : s;
         low = finite < low ? finite : low;
         store(panel + i * P, exp<Real>(s));
-        if (N - j >= W) forbidden |= any<Real>(s == ninf);
+        if (N - j >= W) found.forbidden |= any<Real>(s == ninf);
         else
-          for (int64_t v = 0; v < N - j; v++) forbidden |= s[v] == ninf;
+          for (int64_t v = 0; v < N - j; v++) found.forbidden |= s[v] == ninf;
       }
-      for (int v = 0; v < W; v++) lowest = low[v] < lowest ? low[v] : lowest;
-      store(c + j, m == ninf ? Vec<Real>{} : m - highest);
-      wide |= any<Real>(load(c + j) < Real(-16));
+      for (int v = 0; v < W; v++) found.lowest = low[v] < found.lowest ? low[v] : found.lowest;
     }
-    const double bits = -double(lowest) * 1.4426950408889634;
+    return found;
+  }
+
+  // Makes shifts of the maxima and chooses the certificate, when all columns are packed.
+  void certify(const Found *found, int count, int64_t T) {
+    const Real ninf = kNegativeInfinity<Real>;
+    Found all = {ninf, 0, false};
+    for (const Found *f = found; f < found + count; f++) {
+      all.highest = f->highest > all.highest ? f->highest : all.highest;
+      all.lowest = f->lowest < all.lowest ? f->lowest : all.lowest;
+      all.forbidden |= f->forbidden;
+    }
+    const Real highest = all.highest == ninf ? Real(0) : all.highest;
+    top = double(highest);
+    for (int64_t j = 0; j < padded; j++) {
+      shift[j] = shift[j] == ninf ? Real(0) : shift[j] - highest;
+      wide |= shift[j] < Real(-16);
+    }
+    const double bits = -double(all.lowest) * 1.4426950408889634;
     usable = bits <= -Range<Real>::kArcBits;
     const double demanded = bits + 2 * std::log2(double(N)) + std::log2(double(T)) + Range<Real>::kSmallestBits +
                             kTopBits + 1 + Range<Real>::kPrecision;
-    mixing = !forbidden && demanded <= kLowestTopBits - 4;  // beyond that, benign frames would fail it
+    mixing = !all.forbidden && demanded <= kLowestTopBits - 4;  // beyond that, benign frames would fail it
     least_sum = std::exp2(mixing && demanded > Range<Real>::kLeastSumBits ? demanded : Range<Real>::kLeastSumBits);
-    if (with_backward) pack_transposed();
   }
-  bool allocated() const { return forward.data && backward.data && shift.data; }
-  // The panels that lead a message on: with the arcs (step 1) or against them (-1).
-  const Real *along(int step) const { return step > 0 ? forward : backward; }
-  Panels<Real> panels(int step) const { return {along(step), N, N}; }
 
- private:
-  // Squares of vectors, so that every line of memory is met once.
-  void pack_transposed() {
+  // The panels of A transposed from those of A, rows of these. By squares of vectors, so that every line of memory is met once.
+  void pack_transposed(Span rows_of) {
     constexpr int P = kPanel<Real>, W = kLanes<Real>;
     Vec<Real> square[W];
-    for (int64_t i = 0; i < N; i += W)
+    for (int64_t i = rows_of.begin; i < rows_of.end; i += W)
       for (int64_t j = 0; j < N; j += W) {
         const int64_t rows = N - i < W ? N - i : W, columns = N - j < W ? N - j : W;
         for (int v = 0; v < W; v++)
@@ -201,6 +241,11 @@ template <class Real> struct Arcs {
         for (int v = 0; v < columns; v++) store(backward + i / P * P * N + (j + v) * P + i % P, square[v]);
       }
   }
+
+  bool allocated() const { return forward.data && backward.data && shift.data; }
+  // The panels that lead a message on: with the arcs (step 1) or against them (-1).
+  const Real *along(int step) const { return step > 0 ? forward : backward; }
+  Panels<Real> panels(int step) const { return {along(step), N, N}; }
 };
 
 }  // namespace

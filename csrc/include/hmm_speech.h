@@ -29,6 +29,11 @@ enum hmm_status { HMM_OK = 0, HMM_INVALID_ARGUMENT = 1, HMM_OUT_OF_MEMORY = 2, H
  * from both ends at once. */
 enum hmm_method { HMM_SCALED = 0, HMM_REDONE = 1, HMM_LOG_SPACE = 2, HMM_BOTH_ENDS = 3 };
 
+/* How threads share the sequences where there are fewer groups of 8 than threads and one matrix for all (otherwise it is
+ * not read): each has some of them; two walk the same ones from both ends (hmm_forward; hmm_backward follows the method);
+ * or all take each step of the same ones together (hmm_forward and hmm_backward), which pays for large N. */
+enum hmm_sharing { HMM_BY_SEQUENCES = 0, HMM_BY_ENDS = 1, HMM_BY_STEPS = 2 };
+
 typedef struct hmm_problem {
   int64_t batch, time, states;  /* B, T, N */
   const void *initial;          /* (B, N) */
@@ -42,7 +47,7 @@ typedef struct hmm_problem {
   int64_t final_batch_stride;
   int32_t time_varying; /* 1: transitions (or the gradient asked for) have a time axis; log space throughout */
   int32_t threads;      /* at least 1 */
-  int32_t both_ends;    /* 1: hmm_forward may walk sequences from both ends where there are threads for it */
+  int32_t sharing;      /* enum hmm_sharing */
 } hmm_problem;
 
 /* Forward algorithm.
@@ -78,7 +83,7 @@ HMM_API int hmm_viterbi_f64(const hmm_problem *, double *score, double *delta, i
 HMM_API int hmm_topk_f32(const hmm_problem *, int64_t k, float *score, int64_t *states);
 HMM_API int hmm_topk_f64(const hmm_problem *, int64_t k, double *score, int64_t *states);
 
-/* Posterior samples by inverse-CDF backward walks, from the outputs of a forward pass with both_ends = 0.
+/* Posterior samples by inverse-CDF backward walks, from the outputs of a forward pass not HMM_BY_ENDS.
  *   uniform (S, B, T) in [0, 1); states (S, B, T) out, -1 past the end and where no path is feasible. */
 HMM_API int hmm_sample_f32(const hmm_problem *, int64_t samples, const float *log_partition, const float *alpha,
                    const int32_t *method, const float *uniform, int64_t *states);
@@ -203,7 +208,7 @@ HMM_API int hmm_banded_sample_f64(const hmm_banded *, int64_t samples, const dou
  * sum_r L(i, r) R(r, j), all of them at most 1, times exp(c_j), which is left to the emissions. */
 typedef struct hmm_low_rank {
   hmm_problem chain; /* transition (B, 2 R, N): probabilities, R rows of L transposed, then those of R; the stride between
-                      * sequences may be 0. emission is not NULL; time_varying and both_ends are not read */
+                      * sequences may be 0. emission is not NULL; time_varying and sharing are not read */
   int64_t rank;      /* R, at least 1 */
   const void *shift; /* (B, N): what is added to emissions from frame 1 on; 0 is their maximum */
   int64_t shift_batch_stride;
@@ -228,7 +233,7 @@ HMM_API int hmm_low_rank_backward_f64(const hmm_low_rank *, const double *grad, 
  * `lengths`; work is put on `stream` (a cudaStream_t) and not waited for, so that values of lengths are not checked.
  * N is at most HMM_CUDA_MOST_STATES. alpha, norm and centre are as above, but norm (B, T, N) is always needed: method is
  * HMM_SCALED, or HMM_LOG_SPACE also for sequences of a shared transition that could not be certified. transition_time_stride
- * is 0 where time_varying is, threads and both_ends are not looked at. `workspace` is hmm_cuda_workspace() bytes, from
+ * is 0 where time_varying is, threads and sharing are not looked at. `workspace` is hmm_cuda_workspace() bytes, from
  * whose start on nothing is kept between calls. */
 #define HMM_CUDA_MOST_STATES 4096
 enum hmm_cuda_pass { HMM_CUDA_FORWARD = 0, HMM_CUDA_BACKWARD = 1 };

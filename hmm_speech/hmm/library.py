@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 ABI_VERSION = 3
 REDONE = 1  # HMM_REDONE
+BY_SEQUENCES, BY_ENDS, BY_STEPS = 0, 1, 2  # enum hmm_sharing
 REBUILD = "rebuild it with `pip install -e .` (or `pip install .`) in the clone; it needs a C++20 compiler"
 _SUFFIX = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
 _FILE = f"libhmm_speech.{_SUFFIX}"
@@ -43,7 +44,7 @@ class Problem(ctypes.Structure):
         ("final_batch_stride", ctypes.c_int64),
         ("time_varying", ctypes.c_int32),
         ("threads", ctypes.c_int32),
-        ("both_ends", ctypes.c_int32),
+        ("sharing", ctypes.c_int32),
     ]
 
 

@@ -95,12 +95,23 @@ class _Call:
 # A second thread takes 10 to 20 us to start. A frame of one sequence takes some 32 + N ns, more for large N: sequences
 # are walked from both ends where that makes 60 us or more in all.
 _BOTH_ENDS_FROM = 60_000
+# States from which threads take every step of the same sequences together (csrc/cpu/lockstep.h) instead: two packed
+# matrices, one a direction, then no longer fit the caches that one does.
+_STEPS_FROM = 512
+
+
+def _sharing(batch: int, time: int, num_states: int, both_ends: bool) -> int:
+    """How threads are to share a few sequences."""
+    if num_states >= _STEPS_FROM:
+        return library.BY_STEPS
+    both_ends = both_ends and batch * time * (num_states + 32) >= _BOTH_ENDS_FROM
+    return library.BY_ENDS if both_ends else library.BY_SEQUENCES
 
 
 def _forward(initial, transition, emission, lengths, final, both_ends=True):
     call = _Call(initial, transition, emission, lengths, final)
-    batch, time, num_states = call.shape
-    call.problem.both_ends = both_ends and batch * time * (num_states + 32) >= _BOTH_ENDS_FROM
+    batch, time, _ = call.shape
+    call.problem.sharing = _sharing(*call.shape, both_ends)
     log_partition, alpha = call.empty(batch), call.messages(*call.shape)
     norm = call.messages(*call.shape if call.time_varying else (0,))
     centre = call.empty(batch, time)
@@ -113,6 +124,7 @@ def _forward(initial, transition, emission, lengths, final, both_ends=True):
 
 def _backward(grad, initial, transition, emission, lengths, final, log_partition, alpha, norm, centre, method, edges):
     call = _Call(initial, transition, emission, lengths, final)
+    call.problem.sharing = _sharing(*call.shape, both_ends=False)
     state = call.empty(*call.shape)
     edge = call.empty(*(transition.shape if edges else (0,)))
     call("backward", grad.contiguous(), log_partition, alpha, norm, centre, method, state, edge if edges else None)
