@@ -92,7 +92,7 @@ class _Call:
             )
 
 
-# A second thread takes 10 to 20 us to start. A frame of one sequence takes some 32 + N ns, more for large N: sequences
+# Asking a second thread takes a few us. A frame of one sequence takes some 32 + N ns, more for large N: sequences
 # are walked from both ends where that makes 60 us or more in all.
 _BOTH_ENDS_FROM = 60_000
 # States from which threads take every step of the same sequences together (csrc/cpu/lockstep.h) instead: two packed
