@@ -307,7 +307,7 @@ template <class Real, bool Tiled> struct Backward {
 #pragma unroll 1
       for (int n = lanes; n < kWarp; n *= 2) sum += __shfl_xor_sync(kAllLanes, sum, n);
     }
-    __syncthreads();  // before the next sequence
+    __syncthreads();  // before the next sequence: sums are read, and edges may be set by other threads
   }
 };
 
@@ -331,7 +331,6 @@ __global__ void __launch_bounds__(kBackwardThreads, 2 * kBlocks<Real>)
       const Real value = nan ? z - z : Real(0);
       set(states, q.length * N, value);
       if (edge && (nan || !edges.added)) set(edges.first, (edges.added ? used > 0 : used) * N * N, value);
-      __syncthreads();  // edges that are added to belong to other threads
     } else backward.walk(q, g, alpha + b * T * N, norm + b * T * N, centre + b * T, states, edges);
     set(states + q.length * N, (T - q.length) * N, Real(0));
     if (edge && !edges.added) set(edges.first + used * N * N, (steps - used) * N * N, Real(0));
