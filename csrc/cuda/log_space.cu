@@ -24,7 +24,7 @@
 namespace hmm {
 namespace {
 
-constexpr int kBackwardThreads = 256;
+constexpr int kBackwardThreads = 256, kBackwardTile = 128;  // narrower tiles: a row's columns are shared by lanes
 
 // ---- forward
 
@@ -118,11 +118,13 @@ __device__ __forceinline__ double finish(const ForwardMemory<Real, Tiled> &held,
   const bool feasible = middle - middle == 0;
   double total = 0;
   if (feasible && length > 0)
+#pragma unroll 1
     for (int j = thread; j < N; j += blockDim.x) total += exp(double(held.messages[j] - middle));
   total = warp_sum(total);
   if (thread % kWarp == 0) held.totals[thread / kWarp] = total;
   __syncthreads();
   if (thread == 0)
+#pragma unroll 1
     for (int w = 1; w < warps; w++) total += held.totals[w];
   if (length == 0) return 0;
   if (feasible) return offset + log(total);
@@ -130,7 +132,7 @@ __device__ __forceinline__ double finish(const ForwardMemory<Real, Tiled> &held,
 }
 
 template <class Real, bool Tiled>
-__global__ void __launch_bounds__(kMostThreads, kBlocks<Real>)
+__global__ void __launch_bounds__(Tiled ? kTile : kMostThreads, kBlocks<Real>)
     forward_kernel(hmm_problem p, Tiling o, bool lost_only, Real *log_partition, Real *alpha, Real *norm, Real *centre, int32_t *method) {
   const int64_t b = blockIdx.x;
   if (lost_only && method[b] != HMM_REDONE) return;  // the whole block
@@ -152,6 +154,7 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks<Real>)
     Real top_c = negative_infinity<Real>();
     if (t > 0) top_c = sweep(ring, chunk, q.arcs(t), middle, held, norm_t, alpha_t);
     else
+#pragma unroll 1
       for (int j = thread; j < N; j += threads) top_c = fmax(top_c, q.initial[j]);
     top_c = warp_max(top_c);
     if (thread % kWarp == 0) held.tops_c[thread / kWarp] = top_c;
@@ -304,7 +307,7 @@ template <class Real, bool Tiled> struct Backward {
 #pragma unroll 1
       for (int n = lanes; n < kWarp; n *= 2) sum += __shfl_xor_sync(kAllLanes, sum, n);
     }
-    __syncthreads();  // before the next sequence
+    __syncthreads();  // before the next sequence: sums are read, and edges may be set by other threads
   }
 };
 
@@ -328,7 +331,6 @@ __global__ void __launch_bounds__(kBackwardThreads, 2 * kBlocks<Real>)
       const Real value = nan ? z - z : Real(0);
       set(states, q.length * N, value);
       if (edge && (nan || !edges.added)) set(edges.first, (edges.added ? used > 0 : used) * N * N, value);
-      __syncthreads();  // edges that are added to belong to other threads
     } else backward.walk(q, g, alpha + b * T * N, norm + b * T * N, centre + b * T, states, edges);
     set(states + q.length * N, (T - q.length) * N, Real(0));
     if (edge && !edges.added) set(edges.first + used * N * N, (steps - used) * N * N, Real(0));
@@ -342,7 +344,6 @@ template <class Real>
 int log_space_forward(const hmm_problem &p, bool lost_only, Real *log_partition, Real *alpha, Real *norm, Real *centre,
                       int32_t *method, void *stream) {
   if (p.batch == 0) return HMM_OK;
-  constexpr int kTile = 256;
   const bool tiled = p.states > kMostThreads;
   const int most = tiled ? kTile : kMostThreads;
   const auto fixed = tiled ? ForwardMemory<Real, true>::bytes : ForwardMemory<Real, false>::bytes;
@@ -356,9 +357,8 @@ template <class Real>
 int log_space_backward(const hmm_problem &p, int group, const Real *grad, const Real *log_partition, const Real *alpha,
                        const Real *norm, const Real *centre, const int32_t *method, Real *state, Real *edge, void *stream) {
   if (p.batch == 0) return HMM_OK;
-  constexpr int kTile = 128;
-  const bool tiled = p.states > kTile, summed = edge && !p.time_varying;
-  const Tiling o = tiling_of<Real>(p.states, kBackwardThreads, kTile, kTile, backward_fixed<Real>(kBackwardThreads, p.states, tiled));
+  const bool tiled = p.states > kBackwardTile, summed = edge && !p.time_varying;
+  const Tiling o = tiling_of<Real>(p.states, kBackwardThreads, kBackwardTile, kBackwardTile, backward_fixed<Real>(kBackwardThreads, p.states, tiled));
   const int together = summed ? group : 1;
   const size_t bytes = Ring<Real, true>::bytes(o) + backward_fixed<Real>(o.threads, p.states, tiled);
   return launch(tiled ? backward_kernel<Real, true> : backward_kernel<Real, false>, dim3(unsigned((p.batch + together - 1) / together)),

@@ -12,7 +12,7 @@
 namespace hmm {
 
 constexpr int kStages = 4;
-constexpr int kMostThreads = 512;
+constexpr int kMostThreads = 512, kTile = 256;  // threads of a block that has whole rows; columns and threads of one that has tiles
 template <class Real> constexpr int kBlocks = sizeof(Real) == 4 ? 2 : 1;  // of as many threads: what registers must leave room for
 
 // Sizes in numbers, not bytes.

@@ -119,7 +119,7 @@ __device__ __forceinline__ Real combine(const Real *partial_best, const int *par
 }
 
 template <class Real, bool Tiled>
-__global__ void __launch_bounds__(kMostThreads, kBlocks<Real>)
+__global__ void __launch_bounds__(Tiled ? kTile : kMostThreads, kBlocks<Real>)
     viterbi_kernel(hmm_problem p, Tiling o, Real *score, int16_t *pointers, int64_t *states) {
   HMM_SHARED_MEMORY(memory);
   const int N = o.states, thread = threadIdx.x, threads = blockDim.x, warp = thread / kWarp, warps = threads / kWarp;
@@ -195,7 +195,6 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks<Real>)
 
 template <class Real> int viterbi(const hmm_problem &p, Real *score, int16_t *pointers, int64_t *states, void *stream) {
   if (p.batch == 0) return HMM_OK;
-  constexpr int kTile = 256;
   const bool tiled = p.states > kMostThreads;
   const int most = tiled ? kTile : kMostThreads;
   const auto fixed = tiled ? ViterbiMemory<Real, true>::bytes : ViterbiMemory<Real, false>::bytes;

@@ -273,6 +273,7 @@ template <class Real> void all() {
   Exercise<Real>({.B = 7, .T = 1, .N = 3, .kind = kShared});
   if (kSlow) Exercise<Real>({.B = 1, .T = 40, .N = 8, .kind = kShared});
   else Exercise<Real>({.B = 3, .T = 150, .N = 40, .kind = kShared});  // several buffers of pointers and of draws
+  for (Kind kind : {kShared, kPerSequence}) Exercise<Real>({.B = 12, .T = 5, .N = 9, .kind = kind});  // edges of several are added
   Exercise<Real>({.B = 0, .T = 3, .N = 3, .kind = kShared});
 }
 
@@ -298,6 +299,19 @@ template <class Real> void invalid(Real value, bool in_arcs) {
   for (int b = 0; b < 3; b++) CHECK(std::isnan(z[b]) == (b == 1) && std::isnan(score[b]) == (b == 1) && (states[b * 4] == -1) == (b == 1));
 }
 
+// One of three sequences whose edges are added is invalid: so is the sum.
+template <class Real> void invalid_sum() {
+  Problem<Real> q({.B = 3, .T = 3, .N = 9, .kind = kShared});
+  q.lengths = {3, 3, 3};
+  for (size_t k = 0; k < q.emission.size(); k++) q.emission[k] = k == 40 ? Real(NAN) : Real(k % 5);
+  std::vector<Real> z(3), alpha(81), norm(81), centre(9), state(81), edge(81);
+  const std::vector<Real> grad(3, 1);
+  std::vector<int32_t> method(3);
+  CHECK(hmm::log_space_forward<Real>(q.p, false, z.data(), alpha.data(), norm.data(), centre.data(), method.data(), nullptr) == HMM_OK);
+  CHECK(hmm::log_space_backward<Real>(q.p, 3, grad.data(), z.data(), alpha.data(), norm.data(), centre.data(), method.data(), state.data(), edge.data(), nullptr) == HMM_OK);
+  for (int k = 0; k < 81; k++) CHECK(std::isnan(edge[k]) && std::isnan(state[k]) == (k / 27 == 1));
+}
+
 template <class Real> void large() {
   Exercise<Real>({.B = 1, .T = 2, .N = 515, .kind = kTimeVarying, .shift = 1, .samples = 1});
 }
@@ -309,6 +323,7 @@ int main(int arguments, char **) {
     invalid<float>(NAN, in_arcs), invalid<double>(NAN, in_arcs);
     invalid<float>(INFINITY, in_arcs), invalid<double>(INFINITY, in_arcs);
   }
+  invalid_sum<float>(), invalid_sum<double>();
   all<float>();
   all<double>();
   large<float>();
