@@ -29,8 +29,9 @@ template <class Real> struct Counts {
   void put(int64_t slot, const Real *a, Real scale, const Real *u) {
     constexpr int W = kLanes<Real>;
     scale *= std::ldexp(Real(1), -kTopBits);  // so that the products stay in range; finish() takes it back
-    for (int64_t i = 0; i < N; i += kRows)
-      std::memcpy(left + i * kDepth + slot * kRows, a + i, size_t(N - i < kRows ? N - i : kRows) * sizeof(Real));
+    int64_t i = 0;
+    for (; i + kRows <= N; i += kRows) std::memcpy(left + i * kDepth + slot * kRows, a + i, kRows * sizeof(Real));
+    for (int64_t m = i; m < N; m++) left[i * kDepth + slot * kRows + m - i] = a[m];
     for (int64_t j = 0; j < padded; j += W)
       store(right + j / kColumns * kColumns * kDepth + slot * kColumns + j % kColumns, load(u + j) * scale);
   }

@@ -69,19 +69,22 @@ template <class Real> struct ForwardWalk {
     const int running = group.running(t);
     const Real *previous[kGroup], *w[kGroup];
     Real *out[kGroup];
+    Part part;
     bool hope = false;
     for (int m = 0; m < kGroup; m++) {  // the rows past the running ones repeat the first, with weight 0, into `idle`
       previous[m] = message(m < running ? m : 0, t) - stride;
       out[m] = m < running ? message(m, t) : idle;
       w[m] = m < running ? weights + m * padded : zeros;
-      parts[chunk].lost[m] = m < running && ends.lost[m];
+      part.lost[m] = m < running && ends.lost[m];
       hope |= m < running && !ends.lost[m];
     }
     if (!hope) return;
+    const Panels<Real> panels = arcs.panels(group.step).chunk(chunk, chunks);
+    const bool mixing = arcs.mixing;
     for_rows(running, [&](auto width) {
-      forward_step<decltype(width)::value, Real>(arcs.panels(group.step).chunk(chunk, chunks), arcs.mixing, previous, w, out,
-                                                 parts[chunk].total, parts[chunk].lost);
+      forward_step<decltype(width)::value, Real>(panels, mixing, previous, w, out, part.total, part.lost);
     });
+    parts[chunk] = part;
   }
 
   // Step t of a sequence, when all chunks of its product are there.

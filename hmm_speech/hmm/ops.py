@@ -97,7 +97,7 @@ class _Call:
 _BOTH_ENDS_FROM = 60_000
 # States from which threads take every step of the same sequences together (csrc/cpu/lockstep.h) instead: two packed
 # matrices, one a direction, then no longer fit the caches that one does.
-_STEPS_FROM = 512
+_STEPS_FROM = 1024
 
 
 def _sharing(batch: int, time: int, num_states: int, both_ends: bool) -> int:
