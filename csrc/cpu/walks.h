@@ -1,6 +1,8 @@
 // The forward and the backward pass of a group by scaled probabilities (scaled_arcs.h has the recursions and costs), for one
 // thread or several that take every step together.
 #pragma once
+#include <array>
+
 #include "counts.h"
 #include "scaled.h"
 
@@ -41,7 +43,14 @@ template <class Real> struct ForwardWalk {
   const int64_t N = p.states, padded = arcs.padded, stride = group.step * N;
   Real *const weights = scratch, *const idle = scratch + kGroup * padded, *const zeros = idle + padded;
 
-  Real *message(int m, int64_t t) const { return alpha + (group.index[m] * p.time + group.frame(m, t)) * N; }
+  const std::array<Real *, kGroup> first = first_messages();
+
+  std::array<Real *, kGroup> first_messages() const {
+    std::array<Real *, kGroup> found = {};
+    for (int m = 0; m < group.size; m++) found[m] = alpha + (group.index[m] * p.time + group.first[m]) * N;
+    return found;
+  }
+  Real *message(int m, int64_t t) const { return first[m] + t * stride; }
 
   void begin(int m) {
     ends.total[m] = ends.taken[m] = ends.lost[m] = 0;
@@ -49,7 +58,7 @@ template <class Real> struct ForwardWalk {
   }
 
   // The weights of step t; at the first one, the first message too.
-  void enter(int m, int64_t t, int chunk) {
+  HMM_INLINE void enter(int m, int64_t t, int chunk) {
     if (ends.lost[m]) return;
     const int64_t frame = group.frame(m, t), row = group.index[m] * p.time + frame;
     Real *const w = weights + m * padded, *const spare = scratch + (kSharedRows + 2 * chunk) * padded;
@@ -67,18 +76,18 @@ template <class Real> struct ForwardWalk {
   // This chunk of step t's messages, while there is a sequence that is not lost.
   void product(int64_t t, int chunk) {
     const int running = group.running(t);
+    const int64_t at = t * stride;
     const Real *previous[kGroup], *w[kGroup];
     Real *out[kGroup];
     Part part;
     bool hope = false;
-    for (int m = 0; m < kGroup; m++) {  // the rows past the running ones repeat the first, with weight 0, into `idle`
-      previous[m] = message(m < running ? m : 0, t) - stride;
-      out[m] = m < running ? message(m, t) : idle;
-      w[m] = m < running ? weights + m * padded : zeros;
-      part.lost[m] = m < running && ends.lost[m];
-      hope |= m < running && !ends.lost[m];
+    for (int m = 0; m < running; m++) {
+      previous[m] = first[m] + at - stride, out[m] = first[m] + at, w[m] = weights + m * padded;
+      hope |= !(part.lost[m] = ends.lost[m]);
     }
     if (!hope) return;
+    for (int m = running; m < kGroup; m++)  // these rows repeat the first, with weight 0, into `idle`
+      previous[m] = previous[0], out[m] = idle, w[m] = zeros, part.lost[m] = false;
     const Panels<Real> panels = arcs.panels(group.step).chunk(chunk, chunks);
     const bool mixing = arcs.mixing;
     for_rows(running, [&](auto width) {
@@ -88,7 +97,7 @@ template <class Real> struct ForwardWalk {
   }
 
   // Step t of a sequence, when all chunks of its product are there.
-  void finish(int m, int64_t t) {
+  HMM_INLINE void finish(int m, int64_t t) {
     if (ends.lost[m]) return;
     double total = 0;
     for (int c = 0; c < chunks; c++) total += parts[c].total[m], ends.lost[m] |= parts[c].lost[m];
@@ -177,7 +186,7 @@ template <class Real> struct BackwardWalk {
   int counted(int64_t t) const { return group.step > 0 ? group.entered(t) : group.running(t + 1); }
 
   // The posteriors of step t, and what the step before needs; what is counted goes to the slot.
-  void posterior(int m, int64_t t, int64_t slot, int chunk) {
+  HMM_INLINE void posterior(int m, int64_t t, int64_t slot, int chunk) {
     const int64_t b = group.index[m], frame = group.frame(m, t), row = b * p.time + frame;
     Real *const spare = scratch + (kSharedRows + 2 * chunk) * padded, *const w = spare + padded;
     const Real *a = alpha + row * N;
