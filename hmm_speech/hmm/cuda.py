@@ -1,7 +1,7 @@
-"""The operators of dense chains on a GPU: hmm_cuda_* of csrc/include/hmm_speech.h, where the library has them.
+"""The operators of dense chains on a GPU, by hmm_cuda_* of csrc/include/hmm_speech.h.
 
-Everything is allocated by torch and put on the current stream; nothing waits for the GPU. Hence no counting of sequences
-that were done again (:func:`hmm_speech.hmm.backend`), and lengths are moved, not looked at.
+Everything is allocated by torch and put on the current stream; nothing waits for the GPU. Hence sequences that were
+done again are not counted (:func:`hmm_speech.hmm.backend`), and lengths are moved, not looked at.
 """
 
 from __future__ import annotations

@@ -198,10 +198,10 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def use_native(device_type: str, operation: str = "") -> bool:
-    """Whether `operation` on this kind of device goes to the native kernels. Under torch.compile, decided at compile time.
+    """Whether `operation` on this kind of device goes to the native kernels. Under torch.compile, at compile time.
 
-    On a CPU everything does. On a GPU only what :data:`CUDA_KERNELS` names, up to :data:`CUDA_MOST_STATES` states, which
-    the caller looks at; the rest is composed of torch operations there, under ``use_backend("native")`` too."""
+    On a CPU everything does. On a GPU only what :data:`CUDA_KERNELS` names, up to :data:`CUDA_MOST_STATES` states (the
+    caller sees to that); the rest is composed of torch operations there, under ``use_backend("native")`` too."""
     if _choice.get() == "reference" or load().handle is None:
         return False
     if device_type == "cpu":

@@ -73,7 +73,7 @@ class _Call:
     def messages(self, *shape: int) -> Tensor:
         """As `empty`, for what stays inside: from 1 MiB on it begins where a huge page does and has room behind it for
         the page's rest, so that the kernels' first touch takes one fault (csrc/cpu/dispatch.cpp) instead of hundreds of
-        1.2 us each: for B=8, T=1000, N=50 a fifth of the forward and backward pass. What is not touched is no memory."""
+        1.2 us each: for B=8, T=1000, N=50 a fifth of both passes. What is not touched is no memory."""
         size = math.prod(shape)
         if size * self.dtype.itemsize < _HUGE_PAGE // 2:
             return self.empty(*shape)

@@ -236,7 +236,7 @@ def test_nothing_to_do(on_cpu, kind, batch, time):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
 def test_samples_are_those_of_the_same_numbers(on_cpu, kind, dtype):
-    """Inverse-CDF walks: the states that the reference draws from the same uniform numbers, but for ties in rounding."""
+    """Inverse-CDF walks: the states that the reference draws from the same numbers, but for rounding."""
     for states in (2, 5, 33, 70):
         arguments = problem(4, 8, states, kind, 5, dtype, forbidden=0.3)
         scores = [arguments[k] for k in ("initial", "transition", "emission", "lengths", "final")]

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[3]
 HERE = ROOT / "tests/cpp/cuda"
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 # Products and sums are not fused, as they need not be on a GPU.
-FLAGS = f"-std=c++20 -ffp-contract=off -DHMM_ON_CPU -Wall -Wno-unknown-pragmas -fPIC -I{ROOT}/csrc/include -I{ROOT}/csrc -I{HERE}"
-FLAGS = FLAGS.split()
+FLAGS = ["-std=c++20", "-ffp-contract=off", "-DHMM_ON_CPU", "-Wall", "-Wno-unknown-pragmas", "-fPIC", f"-I{HERE}",
+         *(f"-I{ROOT}/{folder}" for folder in ("csrc/include", "csrc", "csrc/cuda"))]  # fmt: skip
 
 
 def run(command: list[str | Path]) -> None:
