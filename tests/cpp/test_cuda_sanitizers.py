@@ -1,4 +1,6 @@
-"""The kernels for GPUs on the CPU (cuda/on_cpu.h), under AddressSanitizer with UBSan and under ThreadSanitizer, in several orders of threads; and with defects built in (HMM_MUTATION in csrc/cuda), each of which must be noticed."""
+"""The kernels for GPUs on the CPU (cuda/on_cpu.h), under AddressSanitizer with UBSan and under ThreadSanitizer.
+
+In several orders of threads; and with defects built in (HMM_MUTATION in csrc/cuda), each of which must be noticed."""
 
 import os
 import re
