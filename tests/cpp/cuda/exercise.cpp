@@ -143,16 +143,18 @@ template <class Real> struct Exercise {
 };
 
 template <class Real> void exercise() {
-  for (Kind kind : {kShared, kPerSequence, kTimeVarying})
-    for (int64_t N : {1, 3, 33, 70}) {
-      Exercise<Real>(4, N, kind, 1, 0).run();
-      if (N == 3 || N == 33) Exercise<Real>(6, N, kind, 1, 0.3).run(), Exercise<Real>(5, N, kind, 200, 0.3).run();
-    }
+  for (Kind kind : {kShared, kPerSequence, kTimeVarying}) {
+    for (int64_t N : {1, 33}) Exercise<Real>(3, N, kind, 1, 0).run();
+    Exercise<Real>(6, 3, kind, 1, 0.3).run(), Exercise<Real>(5, 3, kind, 200, 0.3).run();
+  }
+  Exercise<Real>(3, 70, kShared, 1, 0.3).run();
 }
 
 }  // namespace
 
 int main() {
   exercise<float>();
+#ifndef __SANITIZE_THREAD__  // the same code, and ThreadSanitizer is slow
   exercise<double>();
+#endif
 }
