@@ -130,8 +130,36 @@ def info() -> None:
         typer.echo(f"{name:<11} {installed.get(name, 'not installed')}")
     now = backend()
     typer.echo(f"backend     {now.name}: {now.detail}")
+    for line in _about_cuda():
+        typer.echo(f"cuda        {line}")
     if load().handle is None:
         raise typer.Exit(1)
+
+
+def _about_cuda() -> list[str]:
+    """Whether the library has kernels for GPUs; if not, and torch could use them, what builds them."""
+    import shutil
+    import sysconfig
+
+    import torch
+
+    from hmm_speech.hmm.library import cuda
+
+    if cuda() is not None:
+        return ["the library has kernels for GPUs"]
+    lines = ["the library has no kernels for GPUs: it was built without nvcc, or with HMM_SPEECH_CUDA=0"]
+    version = torch.version.cuda
+    if version is None:
+        return [*lines, "this torch is for CPUs only"]
+    if shutil.which("nvcc"):
+        return [*lines, "there is an nvcc now: build again with `pip install -e .` in the clone"]
+    if int(version.split(".")[0]) < 13:
+        return [*lines, f"install the CUDA toolkit {version} (from 12.0 on), then `pip install -e .` in the clone"]
+    names = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime", "nvidia-cuda-cccl")
+    packages = " ".join(f'"{name}=={version}.*"' for name in names)
+    toolkit = f"{sysconfig.get_path('purelib')}/nvidia/cu{version.split('.')[0]}"
+    again = f"LIBRARY_PATH={toolkit}/lib CUDACXX={toolkit}/bin/nvcc pip install -e ."
+    return [*lines, f"to build them: pip install {packages}", f"then, in the clone: {again}"]
 
 
 @app.command()
@@ -141,11 +169,12 @@ def bench(
     seconds: Annotated[float, typer.Option(help="Time for each row, after the first five rounds.")] = 4.0,
     quick: Annotated[bool, typer.Option("--quick", help="Two small rows, in seconds.")] = False,
     out: Annotated[Optional[Path], typer.Option(help="Write the rows as JSON, too.")] = None,  # noqa: UP045
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Time the layer beside plain-torch loops, in one process, and print the ratios."""
     from hmm_speech.benchmark import bench as run
 
-    run(threads, batch, seconds, quick, out)
+    run(threads, batch, seconds, quick, out, device)
 
 
 def main() -> None:

@@ -316,7 +316,7 @@ const char *hmm_status_message(int status) {
     case HMM_OK: return "ok";
     case HMM_INVALID_ARGUMENT: return "invalid argument (sizes, lengths or a null pointer)";
     case HMM_OUT_OF_MEMORY: return "out of memory";
-    default: return "unknown status";
+    default: return status >= HMM_CUDA_ERROR ? "CUDA error (the status less 1000)" : "unknown status";
   }
 }
 }

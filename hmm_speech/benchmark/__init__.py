@@ -23,6 +23,7 @@ from hmm_speech.benchmark.cases import Case
 from hmm_speech.data.unitfile import atomic_path
 from hmm_speech.errors import UserError
 from hmm_speech.hmm import backend
+from hmm_speech.hmm.library import cuda
 
 # (kind, N, T, B); B: None takes --batch. "dense": transitions that vary over time, (B, T-1, N, N); "shared": one (N, N)
 # for all frames; the others are shared too, with structure.
@@ -43,6 +44,8 @@ ROWS = (
     ("semi-Markov", 50, 1000, None),
     ("active", 1000, 184, 450),
 )
+# On a GPU: the table of hmm-backprop's README.
+CUDA_ROWS = tuple((kind, 50, frames, None) for kind in ("dense", "shared") for frames in (100, 500, 1000, 3000))
 QUICK = (("dense", 50, 300, None), ("shared", 50, 1000, None))
 
 
@@ -65,19 +68,26 @@ class Row:
 
 
 def _timed(function: Callable[..., Tensor], scores: list[Tensor]) -> Callable[[], tuple[float, float, Tensor]]:
-    """A call that returns seconds of the forward pass, of the backward pass, and the result."""
+    """A call that returns seconds of the forward pass, of the backward pass, and the result; a GPU is waited for."""
     leaves = [x.clone().requires_grad_() for x in scores]
 
     def run() -> tuple[float, float, Tensor]:
         for x in leaves:
             x.grad = None
-        start = time.perf_counter()
+        start = _now(leaves[0])
         z = function(*leaves)
-        middle = time.perf_counter()
+        middle = _now(leaves[0])
         z.sum().backward()
-        return middle - start, time.perf_counter() - middle, z.detach()
+        return middle - start, _now(leaves[0]) - middle, z.detach()
 
     return run
+
+
+def _now(x: Tensor) -> float:
+    """Seconds, when the device of `x` has done all that it was given."""
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    return time.perf_counter()
 
 
 def _difference(case: Case) -> float:
@@ -99,7 +109,8 @@ def measure(case: Case, seconds: float) -> Row:
         raise RuntimeError(f"{name}: the layer and the loop differ by {difference:.1e} of log Z")
     layer = _timed(lambda *x: case.layer(*x).log_partition(), case.scores)
     loop = _timed(case.loop, case.part.scores if case.part else case.scores)
-    others = {p: peers.contender(p, case.kind, case.scores) for p in peers.present()}
+    on_cpu = case.scores[0].device.type == "cpu"
+    others = {p: peers.contender(p, case.kind, case.scores) for p in (peers.present() if on_cpu else ())}
     others = {p: run for p, run in others.items() if run is not None}
     scale = case.part.scale if case.part else 1.0
     z = layer()[2]
@@ -113,9 +124,9 @@ def measure(case: Case, seconds: float) -> Row:
     while len(times) < 5 or (time.perf_counter() < end and len(times) < 50):
         found = [*layer()[:2], *(scale * x for x in loop()[:2])]
         with torch.no_grad():
-            start = time.perf_counter()
+            start = _now(case.scores[0])
             case.layer(*case.scores).viterbi()
-            found.append(time.perf_counter() - start)
+            found.append(_now(case.scores[0]) - start)
         times.append((*found, *(run()[0] for run in others.values())))
     forward, backward, loop_forward, loop_backward, viterbi, *_ = (
         statistics.median(x) * 1e3 for x in zip(*times, strict=True)
@@ -126,7 +137,7 @@ def measure(case: Case, seconds: float) -> Row:
                ratio, difference, slower)  # fmt: skip
 
 
-def hardware() -> dict[str, str | int]:
+def hardware(device: str = "cpu") -> dict[str, str | int]:
     """What the numbers were taken on."""
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
@@ -141,17 +152,30 @@ def hardware() -> dict[str, str | int]:
         "torch": torch.__version__,
         "backend": backend().name,
         "instructions": backend().detail.split()[0],
+        "device": "cpu" if device == "cpu" else f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}",
         **peers.present(),
     }
 
 
-def rows(quick: bool, batch: int, seconds: float) -> Iterator[Row]:
+def rows(quick: bool, batch: int, seconds: float, device: str = "cpu") -> Iterator[Row]:
     """All rows, as they are measured."""
-    for kind, states, frames, own_batch in QUICK if quick else ROWS:
-        yield measure(cases.make(kind, states, frames, own_batch or batch), seconds)
+    for kind, states, frames, own_batch in QUICK if quick else ROWS if device == "cpu" else CUDA_ROWS:
+        case = cases.make(kind, states, frames, own_batch or batch)
+        case.scores = [x.to(device) for x in case.scores]
+        yield measure(case, seconds)
 
 
-def bench(threads: int, batch: int, seconds: float, quick: bool, out: Path | None) -> None:
+def _check_device(device: str) -> None:
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"--device: got {device!r}, expected cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        built = f"this torch is for CUDA {torch.version.cuda}" if torch.version.cuda else "this torch is for CPUs only"
+        raise UserError(f"--device cuda: no CUDA device: {built}, and torch.cuda.is_available() is False")
+    if device == "cuda" and cuda() is None:
+        raise UserError("--device cuda: the library has no kernels for GPUs; `hmm-speech info` says how to build them")
+
+
+def bench(threads: int, batch: int, seconds: float, quick: bool, out: Path | None, device: str = "cpu") -> None:
     """Measure, print a table as rows come in, and write them as JSON where `out` says."""
     from rich.console import Console
     from rich.live import Live
@@ -160,11 +184,13 @@ def bench(threads: int, batch: int, seconds: float, quick: bool, out: Path | Non
     for name, value in (("--threads", threads), ("--batch", batch)):
         if value < 1:
             raise UserError(f"{name}: got {value}, expected at least 1")
+    _check_device(device)
     torch.set_num_threads(threads)
-    machine, others = hardware(), peers.present()
-    title = "float32, {threads} thread(s), {cpu}, {instructions} ({backend}), torch {torch}".format(**machine)
+    machine, others = hardware(device), peers.present() if device == "cpu" else {}
+    place = "{threads} thread(s), {cpu}, {instructions} ({backend})" if device == "cpu" else "{device}"
+    title = f"float32, {place}, torch {{torch}}".format(**machine)
     caption = "milliseconds, medians of paired rounds; ratio, and each peer: its time / the layer's, forward + backward"
-    if not quick:
+    if not quick and device == "cpu":
         caption += (
             f"; active: {cases.SLOTS} states a frame, T in the mean, its loop the layer with -inf in a dense emission"
         )
@@ -174,7 +200,7 @@ def bench(threads: int, batch: int, seconds: float, quick: bool, out: Path | Non
         table.add_column(column, justify="left" if column == "arcs" else "right")
     found = []
     with Live(table, console=Console(), refresh_per_second=2):
-        for row in rows(quick, batch, seconds):
+        for row in rows(quick, batch, seconds, device):
             found.append(row)
             times = (row.forward_ms, row.backward_ms, row.viterbi_ms, row.loop_forward_ms, row.loop_backward_ms)
             table.add_row(

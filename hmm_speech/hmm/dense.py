@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import cuda as cuda  # registers the operators' kernels for GPUs
 from . import ops, reference
 from .chain import Chain
-from .library import use_native
+from .library import CUDA_MOST_STATES, use_native
 
 
 class DenseChain(Chain):
@@ -21,12 +22,13 @@ class DenseChain(Chain):
         """The arguments of the operators and of the reference."""
         return self.initial, self.transition, self.emission, self.lengths, self.final
 
-    @property
-    def native(self) -> bool:
-        return use_native(self.transition.device.type)
+    def native(self, operation: str) -> bool:
+        """Whether the operator of this name serves the chain."""
+        device = self.transition.device.type
+        return use_native(device, operation) and (device == "cpu" or self.num_states <= CUDA_MOST_STATES)
 
     def log_partition(self) -> Tensor:
-        return ops.LogPartition.apply(*self.scores) if self.native else reference.log_partition(*self.scores)
+        return ops.LogPartition.apply(*self.scores) if self.native("forward") else reference.log_partition(*self.scores)
 
     def marginals(self) -> Tensor:
         return self.posterior(self.transition.dim(), edges=False)[0]
@@ -39,14 +41,16 @@ class DenseChain(Chain):
         return edges.sum(1) if edges.dim() == 4 else edges
 
     def viterbi(self) -> tuple[Tensor, Tensor]:
-        return torch.ops.hmm_speech.viterbi(*self.scores) if self.native else reference.viterbi(*self.scores)
+        return torch.ops.hmm_speech.viterbi(*self.scores) if self.native("viterbi") else reference.viterbi(*self.scores)
 
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
-        return torch.ops.hmm_speech.topk(*self.scores, k) if self.native else reference.topk(*self.scores, k)
+        return torch.ops.hmm_speech.topk(*self.scores, k) if self.native("topk") else reference.topk(*self.scores, k)
 
     def sample(self, uniform: Tensor) -> Tensor:
         scores = [x if x is None else x.detach() for x in self.scores]
-        return torch.ops.hmm_speech.sample(*scores, uniform) if self.native else reference.sample(*scores, uniform)
+        if self.native("sample"):
+            return torch.ops.hmm_speech.sample(*scores, uniform)
+        return reference.sample(*scores, uniform)
 
     def posterior(self, transition_axes: int, edges: bool) -> tuple[Tensor, Tensor]:
         """State and edge posteriors for transitions expanded to `transition_axes` axes, one block of edges for each."""
@@ -59,7 +63,7 @@ class DenseChain(Chain):
             transition = per_sequence.expand(batch, max(time - 1, 0), num_states, num_states)
         ones = torch.ones(batch, dtype=transition.dtype, device=transition.device)
         scores = (initial, transition, emission, lengths, final)
-        if self.native:
+        if self.native("backward"):
             with torch.no_grad():
                 messages = torch.ops.hmm_speech.forward(*scores)
             return ops.Posterior.apply(ones, *scores, edges, *messages)

@@ -21,6 +21,8 @@ from typing import NamedTuple
 ABI_VERSION = 3
 REDONE = 1  # HMM_REDONE
 BY_SEQUENCES, BY_ENDS, BY_STEPS = 0, 1, 2  # enum hmm_sharing
+CUDA_MOST_STATES = 4096  # HMM_CUDA_MOST_STATES
+CUDA_KERNELS = frozenset({"forward", "backward", "viterbi", "sample"})  # of dense chains, on a GPU
 REBUILD = "rebuild it with `pip install -e .` (or `pip install .`) in the clone; it needs a C++20 compiler"
 _SUFFIX = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
 _FILE = f"libhmm_speech.{_SUFFIX}"
@@ -131,9 +133,33 @@ def load() -> Library:
     return Library(handle, str(found))
 
 
+@functools.cache
+def cuda() -> ctypes.CDLL | None:
+    """The library where it was built with nvcc: its functions hmm_cuda_*. None otherwise."""
+    handle = load().handle
+    if handle is None or not hasattr(handle, "hmm_cuda_forward_f32"):
+        return None
+    return declare_cuda(handle)
+
+
+def declare_cuda(handle: ctypes.CDLL) -> ctypes.CDLL:
+    """`handle`, with the types of hmm_cuda_* of csrc/include/hmm_speech.h; each ends with a stream."""
+    pointer, problem = ctypes.c_void_p, ctypes.POINTER(Problem)
+    counts = {"forward": 7, "backward": 10, "viterbi": 4}
+    declared = {name: [problem] + [pointer] * count for name, count in counts.items()}
+    declared["sample"] = [problem, ctypes.c_int64] + [pointer] * 6
+    for name, types in declared.items():
+        for suffix in ("f32", "f64"):
+            getattr(handle, f"hmm_cuda_{name}_{suffix}").argtypes = types
+    handle.hmm_cuda_workspace.argtypes = [problem, ctypes.c_int32, ctypes.c_int32]
+    handle.hmm_cuda_workspace.restype = ctypes.c_int64
+    return handle
+
+
 class Backend(NamedTuple):
     """What runs the layer. ``redone`` counts the sequences of this process that the scaled kernels could not certify
-    and that were therefore computed again in float64 (csrc/cpu/scaled_arcs.h, redo.h)."""
+    and that were therefore computed again in float64 (csrc/cpu/scaled_arcs.h, redo.h). Those on a GPU are not counted:
+    that would have to wait for it."""
 
     name: str
     detail: str
@@ -171,12 +197,17 @@ def use_backend(name: str) -> Iterator[None]:
         _choice.reset(token)
 
 
-def use_native(device_type: str) -> bool:
-    """Whether tensors on this kind of device go to the native kernels. Under torch.compile, decided at compile time."""
+def use_native(device_type: str, operation: str = "") -> bool:
+    """Whether `operation` on this kind of device goes to the native kernels. Under torch.compile, at compile time.
+
+    On a CPU everything does. On a GPU only what :data:`CUDA_KERNELS` names, up to :data:`CUDA_MOST_STATES` states (the
+    caller sees to that); the rest is composed of torch operations there, under ``use_backend("native")`` too."""
     if _choice.get() == "reference" or load().handle is None:
         return False
     if device_type == "cpu":
         return True
+    if device_type == "cuda" and cuda() is not None:
+        return operation in CUDA_KERNELS
     if _choice.get() == "native":
         raise RuntimeError(
             f'use_backend("native"): the library has no kernels for {device_type} tensors; use the "auto" backend, '
@@ -208,6 +239,7 @@ def backend() -> Backend:
     if _choice.get() == "reference":
         return Backend("reference", 'chosen by use_backend("reference")', redone)
     instructions = library.handle.hmm_instruction_set().decode()
-    return Backend(
-        "native", f"{instructions} kernels for CPU tensors, the reference elsewhere; {library.detail}", redone
-    )
+    found = f"{instructions} kernels for CPU tensors, "
+    if cuda() is not None:
+        found += f"CUDA kernels for dense chains of up to {CUDA_MOST_STATES} states on a GPU, "
+    return Backend("native", f"{found}the reference elsewhere; {library.detail}", redone)

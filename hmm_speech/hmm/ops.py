@@ -1,4 +1,4 @@
-"""The native kernels as torch operators, and the autograd functions around them.
+"""The native kernels as torch operators, on a CPU (on a GPU: cuda.py), and the autograd functions around them.
 
 ``torch.ops.hmm_speech.forward / backward / viterbi / topk / sample`` wrap csrc/include/hmm_speech.h one to one: they
 expect arguments that :mod:`hmm_speech.hmm.checks` has seen, allocate what they return with torch and write to nothing
@@ -73,7 +73,7 @@ class _Call:
     def messages(self, *shape: int) -> Tensor:
         """As `empty`, for what stays inside: from 1 MiB on it begins where a huge page does and has room behind it for
         the page's rest, so that the kernels' first touch takes one fault (csrc/cpu/dispatch.cpp) instead of hundreds of
-        1.2 us each: for B=8, T=1000, N=50 a fifth of the forward and backward pass. What is not touched is no memory."""
+        1.2 us each: for B=8, T=1000, N=50 a fifth of both passes. What is not touched is no memory."""
         size = math.prod(shape)
         if size * self.dtype.itemsize < _HUGE_PAGE // 2:
             return self.empty(*shape)
@@ -164,12 +164,17 @@ def _tangent(grad, initial, transition, emission, lengths, final, direction_stat
     return expected, state, edge
 
 
+def has_norm(transition: Tensor) -> bool:
+    """Whether a forward pass returns `norm`: in log space, where on a GPU any sequence may end up."""
+    return transition.dim() == 4 or transition.device.type == "cuda"
+
+
 def _fake_messages(initial, transition, emission, lengths, final):
     batch, time, num_states = lengths.shape[0], reference.frames(transition, emission), transition.shape[-1]
     return (
         transition.new_empty(batch),
         transition.new_empty(batch, time, num_states),
-        transition.new_empty((batch, time, num_states) if transition.dim() == 4 else (0,)),
+        transition.new_empty((batch, time, num_states) if has_norm(transition) else (0,)),
         transition.new_empty(batch, time),
         transition.new_empty(batch, dtype=torch.int32),
     )
@@ -247,7 +252,7 @@ class Posterior(Function):
     """grad times p(z_t | x), (B, T, N), and grad times p(z_t, z_t+1 | x), of the transition's shape (or empty).
 
     Its own backward pass is the Hessian of log Z times a vector (csrc/cpu/tangent.h); where that is to be
-    differentiated again, through the reference.
+    differentiated again, and on a GPU, through the reference.
     """
 
     @staticmethod
@@ -260,7 +265,8 @@ class Posterior(Function):
     def backward(ctx, grad_state, grad_edge):
         needs = ctx.needs_input_grad
         # torch.compile traces this with gradients enabled, though it asks for no third derivative.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        third = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if third or not library.use_native(grad_state.device.type, "tangent"):
             return through_reference(ctx, lambda *saved: posterior(*saved, ctx.edges), (grad_state, grad_edge))
         initial, lengths, final = ctx.saved_tensors[1], ctx.saved_tensors[4], ctx.saved_tensors[5]
         direction = grad_edge if ctx.edges else None

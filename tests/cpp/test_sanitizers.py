@@ -22,7 +22,7 @@ def built(folder, sanitizer):
         pytest.skip("no C++ compiler or no cmake here")
     configure = ["cmake", "-S", str(ROOT / "csrc"), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_CXX_FLAGS={flags}"]
     for command in (
-        [*configure, "-DCMAKE_BUILD_TYPE=None", f"-DCMAKE_CXX_COMPILER={compiler}"],
+        [*configure, "-DCMAKE_BUILD_TYPE=None", "-DHMM_SPEECH_CUDA=OFF", f"-DCMAKE_CXX_COMPILER={compiler}"],
         ["cmake", "--build", str(folder)],
         *([compiler, "-std=c++20", *flags.split(), f"-I{ROOT / 'csrc/include'}", str(ROOT / f"tests/cpp/{name}.cpp"),
            f"-L{folder}", "-lhmm_speech", f"-Wl,-rpath,{folder}", "-o", str(folder / name)] for name in PROGRAMS),

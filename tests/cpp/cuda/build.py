@@ -1,0 +1,47 @@
+"""Builds the kernels for GPUs for the CPU: the sources that nvcc compiles, by g++ and on_cpu.h."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+HERE = ROOT / "tests/cpp/cuda"
+SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+# Products and sums are not fused, as they need not be on a GPU.
+FLAGS = ["-std=c++20", "-ffp-contract=off", "-DHMM_ON_CPU", "-Wall", "-Wno-unknown-pragmas", "-fPIC", f"-I{HERE}",
+         *(f"-I{ROOT}/{folder}" for folder in ("csrc/include", "csrc", "csrc/cuda"))]  # fmt: skip
+
+
+def run(command: list[str | Path]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, " ".join(map(str, command)) + "\n" + done.stdout + done.stderr
+
+
+def compiler() -> str:
+    """g++; skips the test where there is none."""
+    found = shutil.which("g++")
+    if found is None:
+        pytest.skip("no g++ here")
+    return found
+
+
+def compiled(folder: Path, sources: list[Path], flags: list[str]) -> list[Path]:
+    """Object files, two compilers at a time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = [folder / f"{x.stem}.o" for x in sources]
+    command = [compiler(), *FLAGS, *flags, "-x", "c++", "-c"]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda pair: run([*command, pair[0], "-o", pair[1]]), zip(sources, found, strict=True)))
+    return found
+
+
+def library(folder: Path) -> Path:
+    """A shared library whose hmm_cuda_* run on the CPU, for any stream."""
+    made = folder / "libhmm_cuda_on_cpu.so"
+    run([compiler(), "-shared", *compiled(folder, SOURCES, ["-O2"]), "-o", made])
+    return made

@@ -1,0 +1,72 @@
+"""What goes to the kernels for GPUs and what does not, without a GPU: shapes of results, choices and messages."""
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from hmm_speech.hmm import HMM, backend, cuda, library, use_backend
+from tests.hmm.problems import KINDS, problem
+
+
+@pytest.fixture
+def with_kernels(monkeypatch):
+    monkeypatch.setattr(library, "cuda", lambda: library.load().handle)
+
+
+def test_what_has_kernels_on_a_gpu(with_kernels):
+    for operation in ("forward", "backward", "viterbi", "sample"):
+        assert library.use_native("cuda", operation)
+    for operation in ("", "topk", "tangent", "advance"):
+        assert library.use_native("cpu", operation)
+        with use_backend("native"):
+            assert not library.use_native("cuda", operation)
+    with use_backend("reference"):
+        assert not library.use_native("cuda", "forward")
+    assert "CUDA kernels for dense chains of up to 4096 states" in backend().detail
+
+
+def test_without_kernels_for_gpus(monkeypatch):
+    monkeypatch.setattr(library, "cuda", lambda: None)
+    assert not library.use_native("cuda", "forward") and "CUDA" not in backend().detail
+    with use_backend("native"), pytest.raises(RuntimeError, match="no kernels for cuda tensors"):
+        library.use_native("cuda", "forward")
+    arguments = problem(2, 3, 4, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="no kernels for GPUs"):
+        cuda.viterbi(*arguments.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tensors_of_a_gpu_meet_operators_of_the_right_shapes(with_kernels, kind, dtype):
+    """On tensors without numbers: what torch.compile sees."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        arguments = {
+            k: x if x is None else mode.from_tensor(x).to("cuda") for k, x in problem(3, 5, 4, kind, 1, dtype).items()
+        }
+        messages = torch.ops.hmm_speech.forward(*arguments.values())
+        assert [tuple(x.shape) for x in messages] == [(3,), (3, 5, 4), (3, 5, 4), (3, 5), (3,)]
+        assert messages[4].dtype == torch.int32 and all(x.device.type == "cuda" for x in messages)
+        for edges in (True, False):
+            state, edge = torch.ops.hmm_speech.backward(messages[0], *arguments.values(), *messages, edges)
+            assert state.shape == (3, 5, 4) and edge.shape == (arguments["transition"].shape if edges else (0,))
+        hmm = HMM(**arguments)
+        assert hmm.log_partition().dtype == dtype
+        assert hmm.marginals().shape == (3, 5, 4) and hmm.viterbi().states.shape == (3, 5)
+        assert hmm.sample(2).shape == (2, 3, 5) and hmm.edge_marginals().shape == (3, 4, 4, 4)
+
+
+def test_many_states_take_the_reference_on_a_gpu(with_kernels):
+    with FakeTensorMode():
+        initial, arcs, emission = (torch.zeros(shape, device="cuda") for shape in (5000, (5000, 5000), (1, 2, 5000)))
+        assert not HMM(initial, arcs, emission)._chain.native("forward")
+        assert HMM(initial[:4096], arcs[:4096, :4096], emission[..., :4096])._chain.native("forward")
+        assert HMM(initial, arcs, emission).log_partition().shape == (1,)
+
+
+def test_messages_of_errors():
+    assert "invalid argument" in cuda._message(1)
+    if torch.version.cuda:
+        assert "no kernel image" in cuda._message(1209)
+    assert "CUDAARCHS=native" in cuda._message(1209) and 'use_backend("reference")' in cuda._message(1209)
+    assert "CUDAARCHS" not in cuda._message(1002) and "(2)" in cuda._message(1002)
+    assert library.load().handle.hmm_status_message(1002).startswith(b"CUDA error")
