@@ -21,7 +21,7 @@ template <class Real> bool in_steps(const hmm_problem &p) {
 }
 
 // Sums over the batch: how many sequences add up in one block of counts in log space, and how many such blocks there are.
-int64_t log_group(const hmm_problem &p) { return p.transition_batch_stride ? 1 : (p.batch + 15) / 16; }
+int64_t log_group(const hmm_problem &p) { return p.transition_batch_stride || !p.batch ? 1 : (p.batch + 15) / 16; }
 int64_t log_counts(const hmm_problem &p) { return (p.batch + log_group(p) - 1) / log_group(p); }
 bool summed_over_batch(const hmm_problem &p) { return !p.time_varying && !p.transition_batch_stride; }
 

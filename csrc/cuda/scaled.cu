@@ -178,6 +178,7 @@ __global__ void __launch_bounds__(64 * K, 1)
     a = start * ldexp(Real(1), kTopBits) * w_0;
     lost |= !mixing && a < smallest && start > 0 && w_0 > 0;
     w_0 = weight_of(3);
+    __syncwarp();  // the writer of a column puts a_0 where its lanes have read w_0
     for (int64_t t = 0; step(t, w_1) && step(t + 1, w_2) && step(t + 2, w_0); t += 3) {
     }
   }

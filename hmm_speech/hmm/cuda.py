@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -38,23 +38,55 @@ class Call(ops._Call):
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
-    def __call__(self, name: str, *arguments, workspace: int | None = None) -> None:
-        """Calls hmm_cuda_`name`; `workspace` is the pass that it is for, None where the function takes none."""
+    def workspace(self, of_pass: int) -> Tensor:
+        size = library.cuda().hmm_cuda_workspace(ctypes.byref(self.problem), self.dtype.itemsize, of_pass)
+        return self.empty(max(size, 0), dtype=torch.uint8)
+
+    @contextlib.contextmanager
+    def on_stream(self) -> Iterator[Callable[..., None]]:
+        """A function that calls hmm_cuda_<name>(problem, ..., stream), on the stream that is current now."""
         handle = library.cuda()
         if handle is None:
             raise RuntimeError(
-                f"hmm_speech::{name}: the library has no kernels for GPUs; `hmm-speech info` says what brings them"
+                "hmm_speech: the library has no kernels for GPUs; `hmm-speech info` says what brings them"
             )
-        suffix = "f64" if self.dtype == torch.float64 else "f32"
-        problem, given = ctypes.byref(self.problem), list(arguments)
+        suffix, problem = "f64" if self.dtype == torch.float64 else "f32", ctypes.byref(self.problem)
+
         with stream_of(self.device) as stream:
-            if workspace is not None:
-                size = handle.hmm_cuda_workspace(problem, self.dtype.itemsize, workspace)
-                given.append(self.empty(max(size, 0), dtype=torch.uint8))
-            pointers = [x.data_ptr() if isinstance(x, Tensor) else x for x in given]
-            status = getattr(handle, f"hmm_cuda_{name}_{suffix}")(problem, *pointers, stream)
-        if status:
-            raise RuntimeError(f"hmm_speech {name}: {_message(status)}; B, T, N = {self.shape} on {self.device}")
+
+            def run(name: str, *arguments) -> None:
+                pointers = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+                status = getattr(handle, f"hmm_cuda_{name}_{suffix}")(problem, *pointers, stream)
+                if status:
+                    where = f"B, T, N = {self.shape} on {self.device}"
+                    raise RuntimeError(f"hmm_speech {name}: {_message(status)}; {where}")
+
+            yield run
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether there are so many states that a step is best done by a matrix product (csrc/cuda/steps.cu)."""
+        return bool(library.cuda().hmm_cuda_in_steps(ctypes.byref(self.problem), self.dtype.itemsize))
+
+    def products(self, workspace: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The arcs (N, N) that the workspace begins with; room for a message and for a product, (B, N)."""
+        batch, _, num_states = self.shape
+        arcs = workspace[: num_states**2 * self.dtype.itemsize].view(self.dtype).view(num_states, num_states)
+        return arcs, self.empty(batch, num_states), self.empty(batch, num_states)
+
+
+@contextlib.contextmanager
+def _full_precision(device_type: str) -> Iterator[None]:
+    """Matrix products of float32 as they are: neither autocast nor TF32 may shorten their factors."""
+    matmul = torch.backends.cuda.matmul
+    name, full = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(matmul, name)
+    setattr(matmul, name, full)
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        setattr(matmul, name, before)
 
 
 def _message(status: int) -> str:
@@ -75,22 +107,48 @@ def forward(initial, transition, emission, lengths, final):
     batch, time, _ = call.shape
     log_partition, alpha, norm = call.empty(batch), call.empty(*call.shape), call.empty(*call.shape)
     centre, method = call.empty(batch, time), call.empty(batch, dtype=torch.int32)
-    call("forward", log_partition, alpha, norm, centre, method, workspace=_FORWARD)
+    with call.on_stream() as run:
+        workspace = call.workspace(_FORWARD)
+        if not call.in_steps:
+            run("forward", log_partition, alpha, norm, centre, method, workspace)
+        else:
+            arcs, message, product = call.products(workspace)
+            run("steps_begin", alpha, centre, workspace)
+            with _full_precision(call.device.type):
+                for t in range(time):
+                    if t > 0:
+                        torch.mm(message, arcs, out=product)
+                    run("steps_forward", t, product, message, alpha, norm, workspace)
+            run("steps_end", log_partition, alpha, norm, centre, method, workspace)
     return log_partition, alpha, norm, centre, method
 
 
 def backward(grad, initial, transition, emission, lengths, final, log_partition, alpha, norm, centre, method, edges):
     call = Call(initial, transition, emission, lengths, final)
-    state, edge = call.empty(*call.shape), call.empty(*(transition.shape if edges else (0,)))
-    call("backward", grad.contiguous(), log_partition, alpha, norm, centre, method, state, edge if edges else None,
-         workspace=_BACKWARD)  # fmt: skip
+    grad, state, edge = grad.contiguous(), call.empty(*call.shape), call.empty(*(transition.shape if edges else (0,)))
+    messages = (log_partition, alpha, norm, centre, method)
+    outputs = (state, edge if edges else None)
+    with call.on_stream() as run:
+        workspace = call.workspace(_BACKWARD)
+        if not call.in_steps:
+            run("backward", grad, *messages, *outputs, workspace)
+        else:
+            arcs, message, product = call.products(workspace)
+            run("steps_back_begin", centre, workspace)
+            with _full_precision(call.device.type):
+                for t in reversed(range(call.shape[1])):
+                    if t < call.shape[1] - 1:
+                        torch.mm(message, arcs.T, out=product)
+                    run("steps_backward", t, grad, product, message, alpha, norm, method, state, workspace)
+            run("steps_back_end", grad, *messages, *outputs, workspace)
     return state, edge
 
 
 def viterbi(initial, transition, emission, lengths, final):
     call = Call(initial, transition, emission, lengths, final)
     score, states = call.empty(call.shape[0]), call.empty(*call.shape[:2], dtype=torch.int64)
-    call("viterbi", score, call.empty(*call.shape, dtype=torch.int16), states)
+    with call.on_stream() as run:
+        run("viterbi", score, call.empty(*call.shape, dtype=torch.int16), states)
     return score, states
 
 
@@ -98,7 +156,8 @@ def sample(initial, transition, emission, lengths, final, uniform):
     log_partition, alpha, _, _, method = forward(initial, transition, emission, lengths, final)
     call = Call(initial, transition, emission, lengths, final)
     states = call.empty(*uniform.shape, dtype=torch.int64)
-    call("sample", uniform.shape[0], log_partition, alpha, method, uniform.contiguous(), states)
+    with call.on_stream() as run:
+        run("sample", uniform.shape[0], log_partition, alpha, method, uniform.contiguous(), states)
     return states
 
 

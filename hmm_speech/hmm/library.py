@@ -146,13 +146,16 @@ def declare_cuda(handle: ctypes.CDLL) -> ctypes.CDLL:
     """`handle`, with the types of hmm_cuda_* of csrc/include/hmm_speech.h; each ends with a stream."""
     pointer, problem = ctypes.c_void_p, ctypes.POINTER(Problem)
     counts = {"forward": 7, "backward": 10, "viterbi": 4}
+    counts |= {"steps_begin": 4, "steps_end": 7, "steps_back_begin": 3, "steps_back_end": 10}
     declared = {name: [problem] + [pointer] * count for name, count in counts.items()}
-    declared["sample"] = [problem, ctypes.c_int64] + [pointer] * 6
+    for name, count in {"sample": 6, "steps_forward": 6, "steps_backward": 9}.items():
+        declared[name] = [problem, ctypes.c_int64] + [pointer] * count
     for name, types in declared.items():
         for suffix in ("f32", "f64"):
             getattr(handle, f"hmm_cuda_{name}_{suffix}").argtypes = types
     handle.hmm_cuda_workspace.argtypes = [problem, ctypes.c_int32, ctypes.c_int32]
     handle.hmm_cuda_workspace.restype = ctypes.c_int64
+    handle.hmm_cuda_in_steps.argtypes = [problem, ctypes.c_int32]
     return handle
 
 
