@@ -91,6 +91,32 @@ def test_many_states(on_cpu, kind, states):
         compare_best_path(arguments)
 
 
+@pytest.mark.parametrize("dtype, states", [(torch.float32, 131), (torch.float64, 99)])
+@pytest.mark.parametrize("forbidden", [0.0, 0.3])
+def test_a_matrix_product_a_step(on_cpu, monkeypatch, dtype, states, forbidden):
+    """Many states of shared transitions: lengths of all kinds, and products that autocast leaves be."""
+    arguments = problem(5, 7, states, "shared", 2, dtype, forbidden=forbidden)
+    arguments["lengths"] = torch.tensor([7, 0, 1, 5, 7])
+    products = []
+    monkeypatch.setattr(torch, "mm", lambda *x, mm=torch.mm, **out: products.append(x) or mm(*x, **out))
+    compare(arguments)
+    assert len(products) == 12  # 6 forward, 6 backward
+    scores = [arguments[k] for k in ("initial", "transition", "emission", "lengths", "final")]
+    messages = cuda.forward(*scores)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = cuda.forward(*scores)
+    assert all(torch.equal(messages[k], again[k]) for k in (0, 1, 3, 4))
+
+
+def test_a_state_that_flushes_among_many(on_cpu):
+    """Left-to-right chains with emissions 500 nats apart: a product would lose what wins later."""
+    states = 130
+    chain = left_to_right(states, 160, 500.0)
+    compare(chain)
+    scores = [chain[k] for k in ("initial", "transition", "emission", "lengths", "final")]
+    assert (cuda.forward(*scores)[4] == LOG_SPACE).any()
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 7, 8, 9, 17, 33])
 def test_every_size_of_batch(on_cpu, batch):
     for kind in KINDS:

@@ -20,6 +20,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -35,7 +36,6 @@
 extern "C" {
 void *__tsan_get_current_fiber();
 void *__tsan_create_fiber(unsigned);
-void __tsan_destroy_fiber(void *);
 void __tsan_switch_to_fiber(void *, unsigned);
 void __tsan_set_fiber_name(void *, const char *);
 void __tsan_acquire(void *);
@@ -81,7 +81,7 @@ using std::min;
 
 namespace on_cpu {
 
-constexpr size_t kStack = 64 * 1024, kRedZone = 64, kMostArrays = 64;
+constexpr size_t kStack = 64 * 1024, kRedZone = 64, kMostArrays = 64, kMostStacks = 6000;
 inline int shared_memory_limit = 99 * 1024;  // of the device that is imitated
 
 template <class... Numbers> [[noreturn]] void fail(const char *format, Numbers... numbers) {
@@ -147,7 +147,7 @@ struct Fiber {
   std::vector<int> commits;   // how many each holds
   int uncommitted = 0;
   size_t carved = 0, arrays = 0;
-  std::unique_ptr<char[]> stack;
+  char *stack = nullptr;
   void *at = nullptr, *sanitizer = nullptr, *fake_stack = nullptr;
   unsigned lane() const { return number % 32; }
 };
@@ -183,7 +183,7 @@ ON_CPU_UNSEEN inline void to_scheduler() {
 ON_CPU_UNSEEN inline void resume(Fiber &f) {
   current = &f;
 #ifdef __SANITIZE_ADDRESS__
-  __sanitizer_start_switch_fiber(&scheduler_fake_stack, f.stack.get(), kStack);
+  __sanitizer_start_switch_fiber(&scheduler_fake_stack, f.stack, kStack);
 #endif
 #ifdef __SANITIZE_THREAD__
   __tsan_switch_to_fiber(f.sanitizer, 1);
@@ -273,21 +273,47 @@ inline void report(const std::vector<Fiber> &fibers) {
   for (const auto &[line, seen] : lines) fprintf(stderr, "  %u threads from %u on wait, line %d\n", seen.first, seen.second, line);
 }
 
-inline void run_block(Block &b, std::mt19937 *random) {
+// What a fiber runs on; its making is most of the cost of a short kernel.
+struct Stack {
+  std::unique_ptr<char[]> memory{new char[kStack]};
+  void *sanitizer = nullptr;
+  Stack() {
+#ifdef __SANITIZE_THREAD__
+    sanitizer = __tsan_create_fiber(0);
+#endif
+  }
+};
+inline std::vector<Stack> spare_stacks;  // of earlier launches
+
+// A stack for a thread of a block, kept in `used`. Reused within a launch it orders two blocks for ThreadSanitizer, which
+// takes some 8,000 at most: where there are more threads, the first blocks' are.
+inline Stack &take_stack(std::deque<Stack> &used) {
+  if (spare_stacks.empty() && used.size() >= kMostStacks) {
+    spare_stacks.push_back(std::move(used.front()));
+    used.pop_front();
+  }
+  if (spare_stacks.empty()) spare_stacks.emplace_back();
+  used.push_back(std::move(spare_stacks.back()));
+  spare_stacks.pop_back();
+  return used.back();
+}
+
+inline void run_block(Block &b, std::mt19937 *random, std::deque<Stack> &used) {
   std::vector<Fiber> fibers(b.threads);
   std::vector<unsigned> order(b.threads);
   for (unsigned i = 0; i < b.threads; i++) {
     Fiber &f = fibers[i];
     f.number = order[i] = i, f.block = &b;
     f.index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
-    f.stack.reset(new char[kStack]);
-    void **top = reinterpret_cast<void **>((uintptr_t(f.stack.get()) + kStack) & ~uintptr_t(63));
+    Stack &stack = take_stack(used);
+    f.stack = stack.memory.get(), f.sanitizer = stack.sanitizer;
+    ASAN_UNPOISON_MEMORY_REGION(f.stack, kStack);
+    void **top = reinterpret_cast<void **>((uintptr_t(f.stack) + kStack) & ~uintptr_t(63));
     *--top = nullptr;
     *--top = reinterpret_cast<void *>(&fiber_main);
     for (int saved = 0; saved < 6; saved++) *--top = nullptr;
     f.at = top;
 #ifdef __SANITIZE_THREAD__
-    f.sanitizer = __tsan_create_fiber(0);
     char name[64];
     snprintf(name, sizeof name, "block %u %u, thread %u", b.index.x, b.index.y, i);
     __tsan_set_fiber_name(f.sanitizer, name);
@@ -307,9 +333,6 @@ inline void run_block(Block &b, std::mt19937 *random) {
     report(fibers);
     fail("block %u: %u of %u threads wait and none can go on", b.index.x, b.live, b.threads);
   }
-#ifdef __SANITIZE_THREAD__
-  for (Fiber &f : fibers) __tsan_destroy_fiber(f.sanitizer);
-#endif
 }
 
 inline void launch(dim3 of_grid, dim3 of_block, size_t shared, const std::function<void()> &body) {
@@ -325,7 +348,8 @@ inline void launch(dim3 of_grid, dim3 of_block, size_t shared, const std::functi
 #ifdef __SANITIZE_THREAD__
   scheduler_sanitizer = __tsan_get_current_fiber();
 #endif
-  std::vector<unsigned char *> used;  // freed at the end: reused memory would order the blocks for ThreadSanitizer
+  std::vector<unsigned char *> memories;  // as the stacks: freed at the end
+  std::deque<Stack> stacks;
   for (unsigned n = 0; n < grid.x * grid.y * grid.z; n++) {
     Block b;
     b.index = {n % grid.x, n / grid.x % grid.y, n / grid.x / grid.y};
@@ -334,12 +358,13 @@ inline void launch(dim3 of_grid, dim3 of_block, size_t shared, const std::functi
     b.memory = static_cast<unsigned char *>(aligned_alloc(64, room));
     memset(b.memory, 0xff, room);
     ASAN_POISON_MEMORY_REGION(b.memory, room);
-    used.push_back(b.memory);
-    run_block(b, seed && atoi(seed) ? &random : nullptr);
+    memories.push_back(b.memory);
+    run_block(b, seed && atoi(seed) ? &random : nullptr, stacks);
     ASAN_UNPOISON_MEMORY_REGION(b.memory, room);
   }
   acquire(&ended);
-  for (unsigned char *memory : used) free(memory);
+  for (unsigned char *memory : memories) free(memory);
+  for (Stack &stack : stacks) spare_stacks.push_back(std::move(stack));
 }
 
 }  // namespace on_cpu
