@@ -23,8 +23,8 @@
 //     N exps weigh as much as the product); N = 128, 1.4 + 2.6 ms, 190 and 200; N = 512, 19 + 43 ms, 220 and 190.
 //   B = 1, the arcs' bytes: forward, 3,000 frames, N = 128 in 1.2 ms, 160 GB/s; N = 512 in 21 ms, 150; N = 1024 (1,000
 //     frames) in 39 ms, 109. Below N = 64 a frame takes some 40 ns beside the product.
-// Two threads over one, from both ends: B = 8, N = 50, 1.6; B = 1, N = 50, 1.3; N = 256, 1.7. In lockstep, B = 8, 300 frames:
-// N = 512, 1.85 forward and 1.7 backward; N = 1024, 1.85 and 1.65; N = 2048, 1.95 and 1.75. More threads were not measured.
+// Two threads over one, forward + backward, B = 8, 300 frames: N = 50 and 128, by sequences, 1.8; N = 256 and 512, from both
+// ends, 1.9; N = 1024 and 2048, in lockstep, 1.85 to 1.9. B = 1: N = 256 1.8, N = 512 1.55. More threads were not measured.
 // Limits: none on N or T.
 //
 // When is it exact? A number below 2^-126 (float) is lost. Two certificates, either is enough:
