@@ -112,8 +112,8 @@ def test_a_state_that_flushes_among_many(on_cpu):
     """Left-to-right chains with emissions 500 nats apart: a product would lose what wins later."""
     states = 130
     chain = left_to_right(states, 160, 500.0)
-    # Float32 messages some thousand nats apart are rounded by 6e-5, and so is the posterior of an arc (6e-5 was seen in a
-    # count of 4); those of states are normalised, and stay within the contract (test_left_to_right_chains).
+    # Float32 messages some thousand nats apart are rounded by 6e-5, and so is the posterior of an arc (6e-5 was seen in
+    # a count of 4); those of states are normalised, and stay within the contract (test_left_to_right_chains).
     compare(chain, marginals=3e-5)
     scores = [chain[k] for k in ("initial", "transition", "emission", "lengths", "final")]
     assert (cuda.forward(*scores)[4] == LOG_SPACE).any()
