@@ -9,20 +9,22 @@
 //
 // k_t brings the sum of a_{t-1} back to 2^30 when it has left [2^18, 2^31). Since sum_i a_{t-1}(i) y_{t-1}(i) is
 // 2^-k_t sum_j a_t(j) b_t(j), the scale of b is known before its sum is; g_t is that sum as it came out, 1 but for rounding,
-// known a step later, and dividing by it (1 / g = 2 - g) keeps rounding from adding up over time. So both sweeps have one barrier a step.
+// known a step later, and dividing by it (1 / g = 2 - g) keeps rounding from adding up over time. So both sweeps have one
+// barrier a step.
 // A sum may grow to N 2^31 before it is corrected, 2^38 for N = 128: an entry that is lost then has a posterior below
 // 2^(38 - 126 + 30 + 18) = 2^-40 where the CPU's has 2^-47; the least sum that is demanded counts it in.
 //
 // What does not depend on the step before is done for all frames at once: prepare.cu exponentiates the transitions and the
-// emissions (w into alpha, where a_t replaces w_t), counts.cu adds up the counts. The sweeps hold A in registers: 4 lanes share a column (forward) or a row (backward), 4 K numbers each; they read the message of the step before
-// from shared memory, 16 bytes at a time, add up over 4 lanes by two shuffles, and write theirs.
+// emissions (w into alpha, where a_t replaces w_t), counts.cu adds up the counts. The sweeps hold A in registers: 4 lanes
+// share a column (forward) or a row (backward), 4 K numbers each; they read the message of the step before from shared
+// memory, 16 bytes at a time, add up over 4 lanes by two shuffles, and write theirs.
 //
 //   launches        4 forward, 5 backward, whatever T is
 //   a frame         2 N^2 flops forward, 4 N^2 backward with counts; N exponentials each; 16 N bytes forward, 28 N backward
 //                   (float)
 //   a step          the dependent chain: K reads of shared memory, 4 K / 2 fused products, 2 + 3 shuffles, one barrier
 //   limits          N of at most 128 (float), 96 (double): beyond, A does not fit the registers of a block beside the rest (160
-//                  spills from sm_90 on) and log_space.cu does all. T none. One block a sequence, of 32 threads for 8 states.
+//                  spills from sm_90 on); see steps.cu and log_space.cu. T none. One block a sequence, of 32 threads for 8 states.
 //
 // Compiled for sm_75 to sm_120 and executed on the CPU by the tests; not timed on a GPU.
 #include "scaled.h"
@@ -32,6 +34,17 @@ namespace {
 
 constexpr int kShare = 4;  // lanes that share a column or row
 constexpr int kOwners = kWarp / kShare;
+
+// This lane's share of a column or row of `count` arcs, `stride` apart; 0 beyond.
+template <int K, class Real> __device__ __forceinline__ void hold(const Real *arcs, int stride, int count, int share, Real (&numbers)[4 * K]) {
+#pragma unroll
+  for (int k = 0; k < K; k++)
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+      const int at = 4 * (kShare * k + share) + c;
+      numbers[4 * k + c] = at < count ? arcs[at * stride] : Real(0);
+    }
+}
 
 // sum over this lane's share of a row in shared memory times its numbers, then over the 4 lanes.
 template <int K, class Real> __device__ __forceinline__ Real product(const Real (&numbers)[4 * K], const Real *row, int share) {
@@ -116,13 +129,7 @@ __global__ void __launch_bounds__(64 * K, 1)
   const Real ninf = negative_infinity<Real>();
 
   Real arcs[4 * K];  // of column j
-#pragma unroll
-  for (int k = 0; k < K; k++)
-#pragma unroll
-    for (int c = 0; c < 4; c++) {
-      const int i = 4 * (kShare * k + share) + c;
-      arcs[4 * k + c] = i < N && owner ? packed.arcs[i * N + j] : Real(0);
-    }
+  hold<K>(packed.arcs + j, N, owner ? N : 0, share, arcs);
   rows.clear();
   const Real *initial = static_cast<const Real *>(p.initial) + b * p.initial_batch_stride;
   Real initial_top = block_max(owner ? initial[j] : ninf, reduced);
@@ -212,13 +219,7 @@ __global__ void __launch_bounds__(64 * K, 1)
   const Arcs<Real> packed = arcs_of<Real>(p, workspace, b);
 
   Real arcs[4 * K];  // of row i
-#pragma unroll
-  for (int k = 0; k < K; k++)
-#pragma unroll
-    for (int c = 0; c < 4; c++) {
-      const int j = 4 * (kShare * k + share) + c;
-      arcs[4 * k + c] = j < N && owner ? packed.arcs[i * N + j] : Real(0);
-    }
+  hold<K>(packed.arcs + i * N, 1, owner ? N : 0, share, arcs);
   rows.clear();
   const int64_t first = b * T * N + (owner ? i : 0);
   if (writer)
@@ -234,15 +235,12 @@ __global__ void __launch_bounds__(64 * K, 1)
   if (lane == 0) rows.part(L)[warp] = last;
   __syncthreads();
   Real later = Real(1) / sum_of_warps<K>(rows.part(L));  // 2^k_{t+1}; of the last message, its sum's inverse
-  __syncthreads();
-  if (lane == 0) rows.part(L)[warp] = warp == 0 ? Real(1) : Real(0);  // its g
-  __syncthreads();
 
   int64_t own = first + (L - 1) * N, own_scale = (b * T + L - 1) * N;
   const int64_t ahead = 3 * int64_t(N);
   // gamma_t and what the step before needs; a, v and scale hold those of t, then those of t - 3. Returns false after frame 0.
   const auto step = [&](int64_t t, Real &a, Real &v, Real &scale) {
-    const Real g = sum_of_warps<K>(rows.part(t + 1));
+    const Real g = t == L - 1 ? Real(1) : sum_of_warps<K>(rows.part(t + 1));
     Real y = product<K>(arcs, rows.message(t + 1), share);
     if (t == L - 1) y = 1;
     // 1 / g to first order: g is 1 but for a step's rounding.
