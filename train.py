@@ -30,6 +30,7 @@ def train(config: dict, run: Path) -> None:
     from hmm_speech.callbacks import AtomicCheckpointIO
     from hmm_speech.checkpoint import check_resume
     from hmm_speech.module import SpeechHMM
+    from hmm_speech.nn.topology import resolve_topology
     from hmm_speech.report import announce, quiet, report_run, resumable, save_config
 
     quiet()
@@ -38,10 +39,13 @@ def train(config: dict, run: Path) -> None:
     data = instantiate(config["data"], kind=LightningDataModule, allowed=allowed, where="data")
     module = SpeechHMM(
         vocabulary=data.corpus.vocabulary,
-        topology=config["topology"],
+        dimension=data.dimension,
+        topology=resolve_topology(config["topology"], data.train_units, data.corpus.vocabulary),
         initial=config["initial"],
         transition=config["transition"],
         emission=config["emission"],
+        context=config.get("context"),
+        objective=config["objective"],
         optimizer=config["optimizer"],
         frames_per_batch=data.frames_per_batch,
         seed=config["seed"],

@@ -57,7 +57,11 @@ def check_resume(checkpoint: str | PathLike[str], module: SpeechHMM) -> None:
     before, now = content["hyper_parameters"], module.hparams
     shapes = {name: tuple(x.shape) for name, x in content["state_dict"].items()}
     fits = shapes == {name: tuple(x.shape) for name, x in module.state_dict().items()}
-    parts = ["vocabulary", "topology", "initial", "transition", "emission"] if not fits else []
+    parts = (
+        ["vocabulary", "dimension", "topology", "initial", "transition", "emission", "context", "objective"]
+        if not fits
+        else []
+    )
     made = before.get("quantizer"), now.get("quantizer")
     if None not in made and made[0] != made[1]:
         parts.append("quantizer")

@@ -57,15 +57,8 @@ def instantiate(
     Raises:
         UserError: the target is missing, not allowed, not found or of another kind, or refuses its arguments.
     """
-    if not isinstance(config, Mapping) or "_target_" not in config:
-        raise UserError(f"{where} is {config!r}; expected a mapping with a _target_")
-    check_targets(config, allowed, where)
+    target = find_class(config, kind=kind, allowed=allowed, where=where)
     name = config["_target_"]
-    target = _locate(name, where)
-    if not inspect.isclass(target) or not _inside(target.__module__, allowed):
-        raise UserError(f"{where}._target_ {name!r} is no class of the allowed packages ({', '.join(allowed)})")
-    if kind is not None and not issubclass(target, kind):
-        raise UserError(f"{where}._target_ {name!r} is no {kind.__name__}")
     values = {
         key: instantiate(value, allowed=allowed, where=f"{where}.{key}")
         if isinstance(value, Mapping) and "_target_" in value
@@ -81,6 +74,22 @@ def instantiate(
         raise
     except (TypeError, ValueError, ImportError) as error:
         raise UserError(f"{where}: {name} refuses its arguments: {error}") from error
+
+
+def find_class(
+    config: Mapping[str, Any], *, kind: type | None = None, allowed: Sequence[str], where: str = "config"
+) -> type:
+    """The class that ``_target_`` names; see :func:`instantiate`."""
+    if not isinstance(config, Mapping) or "_target_" not in config:
+        raise UserError(f"{where} is {config!r}; expected a mapping with a _target_")
+    check_targets(config, allowed, where)
+    name = config["_target_"]
+    target = _locate(name, where)
+    if not inspect.isclass(target) or not _inside(target.__module__, allowed):
+        raise UserError(f"{where}._target_ {name!r} is no class of the allowed packages ({', '.join(allowed)})")
+    if kind is not None and not issubclass(target, kind):
+        raise UserError(f"{where}._target_ {name!r} is no {kind.__name__}")
+    return target
 
 
 def _inside(name: Any, packages: Sequence[str]) -> bool:

@@ -66,7 +66,7 @@ def decode(module: SpeechHMM, utterances: Sequence[Utterance], batch_size: int =
         rows = utterances[start : start + batch_size]
         batch = collate(list(enumerate(rows)))
         with torch.no_grad():
-            hmm = module(batch.units, batch.lengths)
+            hmm = module(batch)
             score, states = hmm.viterbi()
             likelihood = hmm.log_partition()
         labels = module.topology.label_of(states)
@@ -142,41 +142,34 @@ def evaluate(module: SpeechHMM, corpus: UnitCorpus) -> dict[str, Any]:
     bits = -math.fsum(x.log_likelihood for x in decoded) / math.log(2)
     frames = sum(len(x.labels) for x in decoded)
     module.test_result = TestResult(bits, frames, [x.labels for x in decoded], list(range(len(test))))
-    return test_metrics(module.test_result, module.num_parameters(), corpus)
+    return test_metrics(module, corpus)
 
 
 def sample(module: SpeechHMM, num: int, frames: int, frame_rate: float = 50.0, seed: int = 0) -> UnitCorpus:
     """Utterances drawn from the model: z_0 from the initial, z_t from the transitions, x_t from the emission.
 
     The labels that produced the units stand where a unit file has phones. A checkpoint does not know how long its
-    frames are: `frame_rate`, in Hz, turns them into seconds.
+    frames are: `frame_rate`, in Hz, turns them into seconds. Where the emission is over frames, the units are the
+    labels and the frames are kept as such.
 
     Raises:
         UserError: `num`, `frames` or `frame_rate` is not positive.
     """
+    from hmm_speech.nn.sampling import draw_sequences
+
     for name, value in (("--num", num), ("--frames", frames), ("--frame-rate", frame_rate)):
         if not value > 0:
             raise UserError(f"{name}: got {value}, expected more than 0")
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(log_probs: torch.Tensor) -> torch.Tensor:
-        return torch.multinomial(log_probs.exp(), 1, generator=generator).squeeze(-1)
-
     with torch.no_grad():
-        transition = module.transition()
-        state = draw(module.initial().expand(num, -1))
-        states, units = [], []
-        for t in range(frames):
-            if t:
-                state = draw(transition[state])
-            last = units[-1] if units else None
-            emission = module.emission.conditional(last).expand(num, -1, -1)
-            states.append(state)
-            units.append(draw(emission[torch.arange(num), state]))
-    rows = torch.stack(units, 1).numpy().astype(np.int32)
-    labels = module.topology.label_of(torch.stack(states, 1)).numpy()
+        drawn = draw_sequences(module, num, frames, torch.Generator().manual_seed(seed))
+    labels = module.topology.label_of(drawn.states_BT).numpy().astype(np.int32)
+    units = labels if drawn.units_BT is None else drawn.units_BT.numpy().astype(np.int32)
     utterances = [
-        Utterance(f"sample{k:04d}", "", "test", row, phones=segments(labels[k], frame_rate))
-        for k, row in enumerate(rows)
-    ]
-    return UnitCorpus(utterances, frame_rate, module.hparams.vocabulary, {"sampled": "from a model"})
+        Utterance(
+            f"sample{k:04d}", "", "test", units[k], phones=segments(labels[k], frame_rate),
+            frames=None if drawn.frames_BTD is None else drawn.frames_BTD[k].numpy(),
+        )
+        for k in range(num)
+    ]  # fmt: skip
+    vocabulary = module.topology.labels if drawn.units_BT is None else module.hparams.vocabulary
+    return UnitCorpus(utterances, frame_rate, vocabulary, {"sampled": "from a model"})

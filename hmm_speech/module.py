@@ -1,4 +1,4 @@
-"""The LightningModule: a neural HMM trained on its exact likelihood."""
+"""The LightningModule: a composition of networks around the HMM layer, trained on its objective."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from hmm_speech.configuration import ALLOWED_TARGETS, instantiate
 from hmm_speech.data.batching import Batch
 from hmm_speech.hmm import HMM
 from hmm_speech.nn.blocks import LogTable
-from hmm_speech.nn.topology import Topology
+from hmm_speech.nn.composition import Composition, build_composition, compose
+from hmm_speech.nn.topology import build_topology
 from hmm_speech.optim import EM
+
+LIKELIHOOD = {"_target_": "hmm_speech.objective.Likelihood"}
 
 
 class TestResult(NamedTuple):
@@ -35,14 +38,18 @@ class TestResult(NamedTuple):
 
 
 class SpeechHMM(LightningModule):
-    """An HMM over discrete units: initial, transition and emission are modules over one topology.
+    """An HMM over discrete units or frames: initial, transition and emission over one topology, perhaps in a context.
 
     Args:
         vocabulary: number of units, V.
-        topology: ``{labels, substates}``, see :class:`Topology`.
-        initial, transition, emission: ``{_target_, ...}`` of modules that give (N,), (N, N) and, from units (B, T),
-            (B, T, N) log-probabilities.
+        topology: ``{labels, substates}`` or ``{clones}``, see :mod:`hmm_speech.nn.topology`.
+        initial, transition, emission: ``{_target_, ...}`` of modules that give (N,), (N, N) (or a structure of
+            :mod:`hmm_speech.hmm`, or a :class:`~hmm_speech.nn.drift.Drift`) and, from units (B, T) or frames (B, T, D),
+            log-probabilities (B, T, N) (or an ``Active``).
+        context: ``{_target_, ...}`` of a causal network over the past, (B, T, H), or None.
+        objective: ``{_target_, ...}`` of what training minimises; the negative log-likelihood by default.
         optimizer: ``{_target_, ..., schedule: {_target_, ...} or None}``; not needed for inference.
+        dimension: D, of a unit file with frames.
         frames_per_batch: the loss is the batch's negative log-likelihood in bits over this constant, so that every
             frame of the corpus weighs the same, whatever batch it falls into.
         quantizer: fingerprint of what made the units, where known: others of the same number mean something else.
@@ -55,11 +62,14 @@ class SpeechHMM(LightningModule):
     def __init__(
         self,
         vocabulary: int,
-        topology: Mapping[str, int],
+        topology: Mapping[str, Any],
         initial: Mapping[str, Any],
         transition: Mapping[str, Any],
         emission: Mapping[str, Any],
+        context: Mapping[str, Any] | None = None,
+        objective: Mapping[str, Any] | None = None,
         optimizer: Mapping[str, Any] | None = None,
+        dimension: int | None = None,
         frames_per_batch: float = 1.0,
         seed: int = 0,
         quantizer: str | None = None,
@@ -68,20 +78,28 @@ class SpeechHMM(LightningModule):
         super().__init__()
         self.save_hyperparameters(ignore=["allowed"], logger=False)
         self.allowed = tuple(allowed)
-        self.topology = Topology(**topology)
-
-        def build(part: str, config: Mapping[str, Any], **sizes: int) -> Any:
-            return instantiate(config, self.topology, kind=nn.Module, allowed=self.allowed, where=part, **sizes)
-
-        self.initial = build("initial", initial)
-        self.transition = build("transition", transition)
-        self.emission = build("emission", emission, vocabulary=vocabulary)
+        configs = {"initial": initial, "transition": transition, "emission": emission, "context": context}
+        parts = build_composition(configs, build_topology(topology), vocabulary, dimension, self.allowed)
+        self.topology, self.initial, self.transition, self.emission, self.context = parts
+        self.objective = instantiate(
+            objective or LIKELIHOOD, parts, kind=nn.Module, allowed=self.allowed, where="objective"
+        )
         self.test_result: TestResult | None = None
         self._tested: list[tuple[float, dict[int, np.ndarray]]] = []
 
-    def forward(self, units_BT: Tensor, lengths_B: Tensor | None = None) -> HMM:
-        """The HMM of a batch of utterances: its paths are scored by log p(states, units)."""
-        return HMM(self.initial(), self.transition(), self.emission(units_BT), lengths_B)
+    def forward(self, batch: Batch) -> HMM:
+        """The HMM of a batch of utterances: its paths are scored by log p(states, observations)."""
+        return compose(Composition(self.topology, self.initial, self.transition, self.emission, self.context), batch)
+
+    @property
+    def progress(self) -> float:
+        """How much of training is done, 0 to 1."""
+        return min(1.0, self.current_epoch / max(1, (self.trainer.max_epochs or 1)))
+
+    @property
+    def frames_per_epoch(self) -> float:
+        """Training frames, of all processes together."""
+        return self.hparams.frames_per_batch * self.trainer.num_training_batches * self.trainer.world_size
 
     def num_parameters(self) -> int:
         """Trainable numbers; forbidden entries of tables are none."""
@@ -91,7 +109,7 @@ class SpeechHMM(LightningModule):
         # Loaders draw from the same generator, and not equally often in a resumed run: so start anew for every batch.
         place = (self.hparams.seed, self.current_epoch, batch_idx, self.global_rank)
         torch.manual_seed(int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=8).digest(), "big"))
-        bits = self._bits(batch).sum()
+        bits = self.objective(self, batch).sum() / math.log(2)
         self._log_bits("train", bits.detach(), batch)
         return bits / self.hparams.frames_per_batch
 
@@ -102,7 +120,7 @@ class SpeechHMM(LightningModule):
         self._tested = []
 
     def test_step(self, batch: Batch) -> None:
-        hmm = self(batch.units, batch.lengths)
+        hmm = self(batch)
         bits = -hmm.log_partition().double().sum() / math.log(2)
         labels = self.topology.label_of(hmm.viterbi().states).cpu().numpy()
         rows = zip(batch.index.tolist(), labels, batch.lengths.tolist(), strict=True)
@@ -125,7 +143,7 @@ class SpeechHMM(LightningModule):
 
     def _bits(self, batch: Batch) -> Tensor:
         """(B,) negative log-likelihood of each utterance in bits."""
-        return -self(batch.units, batch.lengths).log_partition() / math.log(2)
+        return -self(batch).log_partition() / math.log(2)
 
     def _log_bits(self, split: str, bits: Tensor, batch: Batch) -> None:
         """Log the epoch's bits per frame: the mean over frames, of all processes together."""

@@ -15,12 +15,16 @@ import torch
 from omegaconf import OmegaConf
 
 from hmm_speech.data.unitfile import UnitCorpus, atomic_path
+from hmm_speech.nn.composition import reads_frames, uses_context
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from hmm_speech.data.datamodule import UnitDataModule
     from hmm_speech.module import SpeechHMM, TestResult
+
+
+MOST_STATES_DRAWN = 2048
 
 
 def quiet() -> None:
@@ -43,11 +47,9 @@ def announce(module: SpeechHMM, data: UnitDataModule, run: Path) -> None:
     """Say what is trained on what, and where it goes, before anything takes time; to the run's log, too."""
     corpus = data.corpus
     splits = " / ".join(str(len(corpus.split(name))) for name in ("train", "valid", "test"))
-    topology = module.topology
     logger = logging.getLogger("train")
     logger.info("%s: %s utterances (train / valid / test), %d units", data.source, splits, corpus.vocabulary)
-    states = f"{topology.labels} labels x {topology.substates} states"
-    logger.info("%s, %s parameters", states, f"{module.num_parameters():,}")
+    logger.info("%s, %s parameters", module.topology, f"{module.num_parameters():,}")
     logger.info("run folder: %s", run)
 
 
@@ -72,10 +74,12 @@ def save_config(config: Mapping[str, Any], run: Path) -> None:
         path.write_text(OmegaConf.to_yaml(OmegaConf.create(dict(config))), encoding="utf-8")
 
 
-def test_metrics(result: TestResult, parameters: int, corpus: UnitCorpus) -> dict[str, Any]:
-    """The object of metrics.json for the test split of a corpus."""
+def test_metrics(module: SpeechHMM, corpus: UnitCorpus) -> dict[str, Any]:
+    """The object of metrics.json for the test split; bits of densities compare with nothing and are null."""
     from hmm_speech.evaluate import build_metrics, label_report, ngram_baselines, uniform_report
 
+    result: TestResult = module.test_result
+    over_frames = reads_frames(module.emission)
     split = corpus.split("test")
     test = [split[index] for index in result.index]
     units = [utterance.units for utterance in test]
@@ -83,10 +87,10 @@ def test_metrics(result: TestResult, parameters: int, corpus: UnitCorpus) -> dic
     known = any(phone is not None for phone in phones)
     splits = [[utterance.units for utterance in corpus.split(name)] for name in ("train", "valid", "test")]
     return build_metrics(
-        bits_per_frame=result.bits / result.frames,
+        bits_per_frame=None if over_frames else result.bits / result.frames,
         frames=result.frames,
-        parameters=parameters,
-        baselines=ngram_baselines(*splits, corpus.vocabulary),
+        parameters=module.num_parameters(),
+        baselines=None if over_frames else ngram_baselines(*splits, corpus.vocabulary),
         states=label_report(result.labels, phones, corpus.frame_rate) if known else None,
         units=label_report(units, phones, corpus.frame_rate) if known else None,
         uniform=uniform_report(phones, corpus.frame_rate) if known else None,
@@ -102,7 +106,7 @@ def report_run(module: SpeechHMM, corpus: UnitCorpus, run: Path, figures: bool =
         torch.distributed.destroy_process_group()
     if rank != 0:
         return
-    metrics = test_metrics(module.test_result, module.num_parameters(), corpus)
+    metrics = test_metrics(module, corpus)
     write_metrics(run / "metrics.json", metrics)
     print_metrics(metrics)
     if figures:
@@ -119,21 +123,30 @@ def draw_figures(module: SpeechHMM, corpus: UnitCorpus, run: Path, metrics: Mapp
     folder.mkdir(exist_ok=True)
     split, labels = corpus.split("test"), module.test_result.labels
     test = [split[index] for index in module.test_result.index]
-    with torch.no_grad():
-        state_labels = module.topology.label_of(torch.arange(module.topology.num_states)).tolist()
-        transition = figures.label_transitions(module.transition().cpu(), state_labels)
     names = None
     if any(utterance.phones for utterance in test):
         rows = [utterance.phones for utterance in test]
         joint, phones = joint_counts(labels, rows, corpus.frame_rate, module.topology.labels)
         names = figures.label_phones(joint, phones)
         figures.states_against_phones(joint, phones, folder / "states_against_phones.png")
-    figures.transition_matrix(transition, folder / "transition_matrix.png", names=names)
+    state_labels = module.topology.label_of(torch.arange(module.topology.num_states)).tolist()
+    if (matrix := transition_matrix(module)) is not None:
+        transition = figures.label_transitions(matrix, state_labels)
+        figures.transition_matrix(transition, folder / "transition_matrix.png", names=names)
     figures.utterance(
         labels[0], test[0].units, test[0].phones, corpus.frame_rate, folder / "utterance.png", names=names
     )
     if history := learning_curve(run):
         figures.learning_curve(history, folder / "learning_curve.png", baselines=metrics["baselines"])
+
+
+@torch.no_grad()
+def transition_matrix(module: SpeechHMM) -> torch.Tensor | None:
+    """(N, N) log-probabilities, where the transitions are one matrix whatever the context and the states are few."""
+    if uses_context(module.transition) or module.topology.num_states > MOST_STATES_DRAWN:
+        return None
+    transition = module.transition()
+    return (transition if isinstance(transition, torch.Tensor) else transition.dense()).cpu()
 
 
 def learning_curve(run: Path) -> list[dict[str, float]]:

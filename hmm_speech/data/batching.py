@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from hmm_speech.data.unitfile import Utterance
@@ -22,15 +23,27 @@ class Batch(NamedTuple):
     """(B,) int64."""
     index: Tensor
     """(B,) int64: the place of each utterance in its split."""
+    frames: Tensor | None = None
+    """(B, T, D) float32, where the unit file has frames; 0 past the end."""
+    phones: Tensor | None = None
+    """(B, T) int64: each frame's phone in the corpus' inventory; -1 where it has none, and past the end."""
 
 
-def collate(rows: Sequence[tuple[int, Utterance]]) -> Batch:
-    """Pad (index, utterance) pairs to one batch."""
-    lengths = torch.tensor([len(utterance.units) for _, utterance in rows])
-    units = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-    for row, (_, utterance) in zip(units, rows, strict=True):
-        row[: len(utterance.units)] = torch.as_tensor(utterance.units, dtype=torch.int64)
-    return Batch(units, lengths, torch.tensor([index for index, _ in rows]))
+def collate(rows: Sequence[tuple[int, Utterance]], phones: Sequence[np.ndarray] | None = None) -> Batch:
+    """Pad (index, utterance) pairs to one batch; ``phones`` holds each utterance's frames' phones, by index."""
+
+    def pad(arrays: Sequence[np.ndarray], dtype: torch.dtype, value: float = 0) -> Tensor:
+        tensors = [torch.as_tensor(array, dtype=dtype) for array in arrays]
+        return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+    frames = [utterance.frames for _, utterance in rows]
+    return Batch(
+        units=pad([utterance.units for _, utterance in rows], torch.int64),
+        lengths=torch.tensor([len(utterance.units) for _, utterance in rows]),
+        index=torch.tensor([index for index, _ in rows]),
+        frames=None if any(x is None for x in frames) else pad(frames, torch.float32),
+        phones=None if phones is None else pad([phones[index] for index, _ in rows], torch.int64, -1),
+    )
 
 
 class BucketBatchSampler(Sampler[list[int]]):

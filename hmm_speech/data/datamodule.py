@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from hmm_speech.data.batching import Batch, BucketBatchSampler, collate
+from hmm_speech.data.splits import hashed_share
 from hmm_speech.data.synthetic import sample_corpus
 from hmm_speech.data.unitfile import UnitCorpus, Utterance, read_units
 from hmm_speech.errors import UserError
@@ -22,11 +24,22 @@ class UnitDataModule(LightningDataModule):
         batch_size: utterances a batch and process.
         num_workers: processes that load data; the units lie in memory, so 0 is fastest.
         seed: of the order of the training batches.
+        phones: share of the training utterances whose phones are shown to the model, for objective=semi_supervised.
     """
 
-    def __init__(self, path: str, batch_size: int = 16, num_workers: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self, path: str, batch_size: int = 16, num_workers: int = 0, seed: int = 0, phones: float = 0.0
+    ) -> None:
         super().__init__()
-        self.path, self.batch_size, self.num_workers, self.seed = path, batch_size, num_workers, seed
+        if not 0 <= phones <= 1:
+            raise UserError(f"data.phones is {phones!r}; expected a share from 0 to 1")
+        self.path, self.batch_size, self.num_workers, self.seed, self.phones = (
+            path,
+            batch_size,
+            num_workers,
+            seed,
+            phones,
+        )
 
     @functools.cached_property
     def corpus(self) -> UnitCorpus:
@@ -50,10 +63,54 @@ class UnitDataModule(LightningDataModule):
         return read_units(Path(self.path).expanduser())
 
     @property
+    def train_units(self) -> list[np.ndarray]:
+        """The units of each training utterance."""
+        return [utterance.units for utterance in self.corpus.split("train")]
+
+    @functools.cached_property
+    def dimension(self) -> int | None:
+        """Numbers a frame, D; None where an utterance has no frames.
+
+        Raises:
+            UserError: utterances differ in it.
+        """
+        frames = [(utterance.id, utterance.frames) for utterance in self.corpus.utterances]
+        if any(x is None for _, x in frames):
+            return None
+        first = frames[0][1].shape[1]
+        for name, x in frames:
+            if x.shape[1] != first:
+                raise UserError(
+                    f"{self.path}: utterance {name!r} has frames of {x.shape[1]} numbers, others of {first}; make all "
+                    "of them with the same features"
+                )
+        return first
+
+    @property
     def frames_per_batch(self) -> float:
         """Training frames in a batch of ``batch_size`` utterances, on average."""
         train = self.corpus.split("train")
         return sum(len(utterance.units) for utterance in train) / len(train) * min(self.batch_size, len(train))
+
+    def shown_phones(self, split: str) -> list[np.ndarray] | None:
+        """For each utterance, its frames' phones as numbers, (T,) int64; -1 where not shown. None where none are.
+
+        Which training utterances are shown follows from a hash of their ids, so it does not change with their order.
+        """
+        if not self.phones or split != "train":
+            return None
+        from hmm_speech.evaluate.clustering import frame_phones, phone_inventory
+
+        utterances = self.corpus.split(split)
+        inventory = phone_inventory([utterance.phones for utterance in self.corpus.utterances])
+        if not inventory:
+            raise UserError(f"{self.path}: has no phones to show; leave data.phones at 0 or give --alignments")
+        return [
+            frame_phones(u.phones, len(u.units), self.corpus.frame_rate, inventory)
+            if u.phones and hashed_share(u.id) < self.phones
+            else np.full(len(u.units), -1)
+            for u in utterances
+        ]
 
     def loader(self, split: str, shuffle: bool = False) -> DataLoader[Batch]:
         """Each utterance of a split once over all processes, in padded batches."""
@@ -69,7 +126,8 @@ class UnitDataModule(LightningDataModule):
             split=split,
         )
         rows: list[tuple[int, Utterance]] = list(enumerate(utterances))
-        return DataLoader(rows, batch_sampler=sampler, collate_fn=collate, num_workers=self.num_workers)
+        together = functools.partial(collate, phones=self.shown_phones(split))
+        return DataLoader(rows, batch_sampler=sampler, collate_fn=together, num_workers=self.num_workers)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         return self.loader("train", shuffle=True)
@@ -99,8 +157,9 @@ class SyntheticDataModule(UnitDataModule):
         frames: int = 80,
         vocabulary: int = 20,
         labels: int = 8,
+        phones: float = 0.0,
     ) -> None:
-        super().__init__(path, batch_size, num_workers, seed)
+        super().__init__(path, batch_size, num_workers, seed, phones)
         self.sizes = (utterances, frames, vocabulary, labels)
 
     @property

@@ -50,3 +50,8 @@ def assign_splits(utterances: Sequence[Utterance]) -> list[Utterance]:
         else dataclasses.replace(utterance, split=split[utterance.id])
         for utterance in utterances
     ]
+
+
+def hashed_share(name: str) -> float:
+    """A number in [0, 1) that follows from an id alone: those below a share are that share of the ids."""
+    return _hash("share", name) / 2**64

@@ -6,7 +6,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hmm_speech.nn.topology import Topology
+from hmm_speech.nn.topology import AnyTopology
+
+_SAFE = 1e-30  # a sum above this lost at most V * 1e-38 / 1e-30 to underflow, far below float32's rounding
+
+
+def log_matmul_exp(left_NV: Tensor, right_YV: Tensor) -> Tensor:
+    """(N, Y): log sum_v exp(left[n, v] + right[y, v]), as one scaled matrix product.
+
+    Row maxima are taken out first, so every factor lies in (0, 1]. Where a row of ``left`` peaks far from the peaks of
+    ``right`` (some 70 nats) the product would underflow; then the sum is taken in log space instead.
+    """
+    left_max, right_max = left_NV.detach().amax(-1, keepdim=True), right_YV.detach().amax(-1, keepdim=True)
+    product = (left_NV - left_max).exp() @ (right_YV - right_max).exp().T
+    if product.detach().amin() > _SAFE:
+        return product.log() + left_max + right_max.T
+    return torch.stack([torch.logsumexp(left_NV + row, -1) for row in right_YV], -1)
 
 
 class LogTable(nn.Module):
@@ -35,19 +50,22 @@ class LogTable(nn.Module):
 
 
 class StateEmbedding(nn.Module):
-    """(N, dim): the sum of a label's and a substate's vector, each drawn from N(0, std^2).
+    """(N, dim): the sum of two vectors, of a state's label (or unit) and of its substate (or clone), from N(0, std^2).
 
     A standard deviation of 1 lets states differ from the start; with 0.3 they stay near one another and the fit is
     measurably worse.
     """
 
-    def __init__(self, topology: Topology, dim: int, std: float = 1.0) -> None:
+    def __init__(self, topology: AnyTopology, dim: int, std: float = 1.0) -> None:
         super().__init__()
-        self.label = nn.Parameter(torch.randn(topology.labels, 1, dim) * std)
-        self.substate = nn.Parameter(torch.randn(1, topology.substates, dim) * std)
+        first, second = topology.factors()
+        self.register_buffer("first", first, persistent=False)
+        self.register_buffer("second", second, persistent=False)
+        self.label = nn.Parameter(torch.randn(int(first.max()) + 1, dim) * std)
+        self.substate = nn.Parameter(torch.randn(int(second.max()) + 1, dim) * std)
 
     def forward(self) -> Tensor:
-        return (self.label + self.substate).flatten(0, 1)
+        return self.label[self.first] + self.substate[self.second]
 
 
 class ResidualBlock(nn.Module):
@@ -68,7 +86,7 @@ class ResidualBlock(nn.Module):
 class StateNetwork(nn.Module):
     """(N, dim): state embeddings through ``blocks`` residual blocks and a final layer norm."""
 
-    def __init__(self, topology: Topology, dim: int, blocks: int, dropout: float, std: float) -> None:
+    def __init__(self, topology: AnyTopology, dim: int, blocks: int, dropout: float, std: float) -> None:
         super().__init__()
         self.embedding = StateEmbedding(topology, dim, std)
         self.blocks = nn.Sequential(*(ResidualBlock(dim, dropout) for _ in range(blocks)))

@@ -1,4 +1,4 @@
-"""p(x_t | z_t) and p(x_t | z_t, x_{t-1}) over discrete units, as tables and as networks over state embeddings.
+"""p(x_t | z_t) and p(x_t | z_t, x_{t-1}) over discrete units: tables, networks over state embeddings, cloned states.
 
 Shapes: B utterances, T frames, N states, V units.
 """
@@ -9,23 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hmm_speech.nn.blocks import LogTable, StateNetwork
-from hmm_speech.nn.topology import Topology
-
-_SAFE = 1e-30  # a sum above this lost at most V * 1e-38 / 1e-30 to underflow, far below float32's rounding
-
-
-def log_matmul_exp(left_NV: Tensor, right_YV: Tensor) -> Tensor:
-    """(N, Y): log sum_v exp(left[n, v] + right[y, v]), as one scaled matrix product.
-
-    Row maxima are taken out first, so every factor lies in (0, 1]. Where a row of ``left`` peaks far from the peaks of
-    ``right`` (some 70 nats) the product would underflow; then the sum is taken in log space instead.
-    """
-    left_max, right_max = left_NV.detach().amax(-1, keepdim=True), right_YV.detach().amax(-1, keepdim=True)
-    product = (left_NV - left_max).exp() @ (right_YV - right_max).exp().T
-    if product.detach().amin() > _SAFE:
-        return product.log() + left_max + right_max.T
-    return torch.stack([torch.logsumexp(left_NV + row, -1) for row in right_YV], -1)
+from hmm_speech.errors import UserError
+from hmm_speech.hmm import Active
+from hmm_speech.nn.blocks import LogTable, StateNetwork, log_matmul_exp
+from hmm_speech.nn.topology import AnyTopology, ClonedTopology
 
 
 class CategoricalEmission(nn.Module):
@@ -41,7 +28,9 @@ class CategoricalEmission(nn.Module):
     utterance's first frame has a row of C of its own (the last one).
     """
 
-    def __init__(self, topology: Topology, vocabulary: int, last_unit: bool) -> None:
+    observes = "units"
+
+    def __init__(self, topology: AnyTopology, vocabulary: int, last_unit: bool) -> None:
         super().__init__()
         self.num_states, self.vocabulary = topology.num_states, vocabulary
         self.last_unit = nn.Parameter(torch.zeros(vocabulary + 1, vocabulary)) if last_unit else None
@@ -60,19 +49,18 @@ class CategoricalEmission(nn.Module):
         normaliser_NY = log_matmul_exp(logits_NV, self.last_unit)
         return emission_BTN + self.last_unit[last_BT, units_BT, None] - F.embedding(last_BT, normaliser_NY.T)
 
-    def conditional(self, last_B: Tensor | None = None) -> Tensor:
-        """(B, N, V) log p(x | z, last unit); ``last_B`` holds units, or None for an utterance's first frame (B = 1)."""
-        logits_NV = self.logits()
-        if self.last_unit is None:
-            return logits_NV.log_softmax(-1).expand(1 if last_B is None else len(last_B), -1, -1)
-        row = self.last_unit[-1:] if last_B is None else self.last_unit[last_B]
-        return (logits_NV + row[:, None]).log_softmax(-1)
+    def predict(self, states_B: Tensor, past_BT: Tensor) -> Tensor:
+        """(B, V) log p(x_t | z_t = states, past): ``past_BT`` holds the units before t, of which there may be none."""
+        logits_BV = self.logits()[states_B]
+        if self.last_unit is not None:
+            logits_BV = logits_BV + self.last_unit[past_BT[:, -1] if past_BT.shape[1] else -1]
+        return logits_BV.log_softmax(-1)
 
 
 class EmissionTable(CategoricalEmission):
     """One free number for each state and unit."""
 
-    def __init__(self, topology: Topology, vocabulary: int, last_unit: bool = False) -> None:
+    def __init__(self, topology: AnyTopology, vocabulary: int, last_unit: bool = False) -> None:
         super().__init__(topology, vocabulary, last_unit)
         self.table = LogTable(topology.num_states, vocabulary)
 
@@ -89,7 +77,7 @@ class EmissionNetwork(CategoricalEmission):
 
     def __init__(
         self,
-        topology: Topology,
+        topology: AnyTopology,
         vocabulary: int,
         last_unit: bool = False,
         dim: int = 128,
@@ -104,3 +92,35 @@ class EmissionNetwork(CategoricalEmission):
     def logits(self) -> Tensor:
         logits = self.output(self.network())
         return logits if self.last_unit is not None else logits.log_softmax(-1)
+
+
+class ClonedEmission(nn.Module):
+    """Every state emits its unit with probability 1: log p(x | z) is 0 for the clones of x and -inf for all others.
+
+    So a frame has but few active states, and :class:`hmm_speech.hmm.Active` leaves the others out: a frame costs the
+    product of two units' numbers of clones, in place of N^2. There is nothing to train.
+    """
+
+    observes = "units"
+
+    def __init__(self, topology: AnyTopology, vocabulary: int) -> None:
+        super().__init__()
+        if not isinstance(topology, ClonedTopology):
+            raise UserError(f"emission=cloned needs topology=cloned, but the topology has {topology}")
+        self.vocabulary, self.num_states = vocabulary, topology.num_states
+        if len(topology.clones) != vocabulary:
+            raise UserError(f"topology.clones has {len(topology.clones)} entries, the vocabulary {vocabulary} units")
+        unit, clone = topology.factors()
+        slots_VK = torch.full((vocabulary, max(topology.clones)), -1)
+        slots_VK[unit, clone] = torch.arange(self.num_states)
+        self.register_buffer("slots_VK", slots_VK, persistent=False)
+        self.register_buffer("unit_N", unit, persistent=False)
+
+    def forward(self, units_BT: Tensor) -> Active:
+        """The clones of each frame's unit, with scores of 0."""
+        states_BTK = self.slots_VK[units_BT]
+        return Active(states_BTK, torch.zeros_like(states_BTK, dtype=torch.get_default_dtype()))
+
+    def predict(self, states_B: Tensor, past_BT: Tensor) -> Tensor:
+        """(B, V): 0 at the unit of each state, -inf elsewhere."""
+        return F.one_hot(self.unit_N[states_B], self.vocabulary).float().log()

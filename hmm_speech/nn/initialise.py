@@ -17,7 +17,7 @@ from hmm_speech.hmm import HMM
 from hmm_speech.nn.blocks import LogTable
 from hmm_speech.nn.emission import EmissionTable
 from hmm_speech.nn.initial import InitialTable
-from hmm_speech.nn.topology import Topology
+from hmm_speech.nn.topology import ClonedTopology, Topology, share_out
 from hmm_speech.nn.transition import TransitionTable
 from hmm_speech.optim import EM
 
@@ -53,10 +53,8 @@ def cluster_units(sequences: Sequence[np.ndarray], vocabulary: int, labels: int,
         company = np.concatenate([here + _normalise(changes), here + _normalise(changes.T)], 1) / 2
         assignment = AgglomerativeClustering(labels).fit_predict(np.sqrt(company))
         return (np.arange(labels)[:, None] == assignment).astype(np.float64)
-    unigram = np.bincount(np.concatenate(list(sequences)), minlength=vocabulary) + 1.0
-    copies = np.ones(vocabulary, dtype=np.int64)
-    while copies.sum() < labels:
-        copies[np.argmax(np.sqrt(unigram) / copies)] += 1
+    counts = np.bincount(np.concatenate(list(sequences)), minlength=vocabulary)
+    copies = share_out(counts, labels)
     owner = np.repeat(np.arange(vocabulary), copies)
     share = np.random.default_rng(seed).uniform(0.5, 1.5, size=labels)
     member = (owner[:, None] == np.arange(vocabulary)) * share[:, None]
@@ -100,6 +98,38 @@ def cluster_tables(
         return tuple(torch.from_numpy(np.log(_normalise(table))).float() for table in tables)
 
 
+def bigram_tables(sequences: Sequence[np.ndarray], topology: ClonedTopology) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) and (N, N) float64: unigram and bigram of the units, dealt evenly to clones; every row sums to 1.
+
+    The bigram is interpolated with the unigram (Witten and Bell 1991: a unit that was followed by many kinds of units
+    leaves more to the unigram).
+    """
+    unit = topology.factors()[0].numpy()
+    vocabulary = len(topology.clones)
+    counts = np.zeros((vocabulary, vocabulary))
+    for units in sequences:
+        np.add.at(counts, (units[:-1], units[1:]), 1)
+    unigram = np.bincount(np.concatenate(list(sequences)), minlength=vocabulary) + 0.5
+    unigram = unigram / unigram.sum()
+    kinds = np.maximum((counts > 0).sum(1, keepdims=True), 1)
+    bigram = (counts + kinds * unigram) / (counts.sum(1, keepdims=True) + kinds)
+    clones = np.array(topology.clones)
+    return (unigram / clones)[unit], (bigram / clones)[unit][:, unit]
+
+
+def cloned_tables(
+    sequences: Sequence[np.ndarray], vocabulary: int, topology: ClonedTopology, seed: int = 0
+) -> tuple[Tensor, Tensor, None]:
+    """Log-probabilities (N,) and (N, N) of cloned states: the bigram of units times noise that tells clones apart."""
+    initial, transition = bigram_tables(sequences, topology)
+    noise = np.random.default_rng(seed).gamma(1.0, size=transition.shape)
+    return (
+        torch.from_numpy(np.log(initial)).float(),
+        torch.from_numpy(np.log(_normalise(transition * noise))).float(),
+        None,
+    )
+
+
 def _normalise(table: np.ndarray) -> np.ndarray:
     return table / table.sum(-1, keepdims=True)
 
@@ -133,7 +163,7 @@ def _batches(sequences: Sequence[np.ndarray], size: int = 32) -> Iterator[tuple[
         yield nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
 
 
-def fit_tables(module: nn.Module, tables: tuple[Tensor, Tensor, Tensor], steps: int, lr: float) -> float:
+def fit_tables(module: nn.Module, tables: tuple[Tensor, Tensor, Tensor | None], steps: int, lr: float) -> float:
     """Fit a model's initial, transition and emission to tables; returns the mean KL divergence left, in nats a row.
 
     Tables are taken over as they are; of networks, the mean over rows of KL(table || network) is minimised with Adam.
@@ -141,6 +171,8 @@ def fit_tables(module: nn.Module, tables: tuple[Tensor, Tensor, Tensor], steps: 
     targets: list[tuple[Any, Tensor]] = []
     parts = (module.initial, module.transition, module.emission)
     for part, table in zip(parts, tables, strict=True):
+        if table is None:  # there is nothing to train
+            continue
         if hasattr(part, "assign"):
             part.assign(table)
         else:
@@ -168,8 +200,15 @@ def _divergence(table: Tensor, logits: Tensor) -> Tensor:
 def initialise(
     module: nn.Module, sequences: Sequence[np.ndarray], iterations: int, steps: int, lr: float, seed: int = 0
 ) -> None:
-    """Cluster tables, ``iterations`` of EM, then ``steps`` of Adam that fit the model to them."""
+    """Tables, ``iterations`` of EM on them, then ``steps`` of Adam that fit the model to them.
+
+    Tables of chains come from clusters of units, those of cloned states from bigrams.
+    """
     vocabulary = module.emission.vocabulary
+    if isinstance(module.topology, ClonedTopology):
+        tables = cloned_tables(sequences, vocabulary, module.topology, seed)
+        fit_tables(module, tables, steps, lr)
+        return
     tables = cluster_tables(sequences, vocabulary, module.topology, seed)
     tables = em_tables(tables, sequences, module.topology, iterations)
     fit_tables(module, tables, steps, lr)

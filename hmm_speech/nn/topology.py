@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,9 +32,7 @@ class Topology:
 
     def __post_init__(self) -> None:
         for name in ("labels", "substates"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"topology.{name} is {value!r}; expected a positive integer")
+            _check_size(f"topology.{name}", getattr(self, name))
 
     @property
     def num_states(self) -> int:
@@ -53,3 +54,109 @@ class Topology:
     def label_of(self, states: Tensor) -> Tensor:
         """The label of each state, same shape; padding (-1) stays -1."""
         return torch.div(states, self.substates, rounding_mode="floor")
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """What a state is made of, two (N,) int64: its label and its substate."""
+        states = torch.arange(self.num_states)
+        return states // self.substates, states % self.substates
+
+    def __str__(self) -> str:
+        return f"{self.labels} labels x {self.substates} states"
+
+
+@dataclass(frozen=True)
+class ClonedTopology:
+    """Each unit v has ``clones[v]`` states that emit it and nothing else; every state may follow every other.
+
+    A cloned HMM (Dedieu et al. 2019, arXiv:1905.00507): which clone a frame is in can remember what came long before
+    it, which a bigram of units cannot. States are sorted by their unit; each is a label of its own.
+    """
+
+    clones: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "clones", tuple(self.clones))
+        for unit, count in enumerate(self.clones):
+            _check_size(f"topology.clones[{unit}]", count)
+
+    @property
+    def num_states(self) -> int:
+        """N."""
+        return sum(self.clones)
+
+    @property
+    def labels(self) -> int:
+        """As many as states."""
+        return self.num_states
+
+    def arcs(self) -> Tensor:
+        """(N, N) bool: all."""
+        return torch.ones(self.num_states, self.num_states, dtype=torch.bool)
+
+    def starts(self) -> Tensor:
+        """(N,) bool: all."""
+        return torch.ones(self.num_states, dtype=torch.bool)
+
+    def label_of(self, states: Tensor) -> Tensor:
+        """The states themselves."""
+        return states
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """What a state is made of, two (N,) int64: its unit and its number among the unit's clones."""
+        clones = torch.tensor(self.clones)
+        unit = torch.repeat_interleave(torch.arange(len(clones)), clones)
+        return unit, torch.arange(self.num_states) - (clones.cumsum(0) - clones)[unit]
+
+    def __str__(self) -> str:
+        return f"{self.num_states} states, {min(self.clones)} to {max(self.clones)} clones of each unit"
+
+
+AnyTopology = Topology | ClonedTopology
+
+
+def build_topology(config: Mapping[str, Any]) -> AnyTopology:
+    """The topology of plain values: ``{labels, substates}`` or ``{clones}``."""
+    kinds = {"labels": Topology, "clones": ClonedTopology}
+    for key, kind in kinds.items():
+        if key in config:
+            try:
+                return kind(**config)
+            except TypeError as error:
+                raise UserError(f"topology: {dict(config)}: {error}") from error
+    raise UserError(
+        f"topology is {dict(config)}; expected labels and substates, or clones (topology=full|chain|cloned)"
+    )
+
+
+def resolve_topology(config: Mapping[str, Any], sequences: Sequence[np.ndarray], vocabulary: int) -> dict[str, Any]:
+    """A configured topology with what the training split decides: ``{states: N}`` becomes ``{clones: [...]}``.
+
+    Clones are shared out in proportion to the square root of a unit's count; each unit has ``minimum`` at least, which
+    may make more states than asked for where the vocabulary is large.
+    """
+    if "states" not in config:
+        return dict(config)
+    unknown = config.keys() - {"states", "minimum"}
+    if unknown:
+        raise UserError(
+            f"topology: {', '.join(sorted(unknown))} does not go with states; see configs/topology/cloned.yaml"
+        )
+    states, minimum = config["states"], config.get("minimum", 1)
+    _check_size("topology.states", states)
+    _check_size("topology.minimum", minimum)
+    counts = np.bincount(np.concatenate(list(sequences)), minlength=vocabulary)
+    return {"clones": share_out(counts, states, minimum).tolist()}
+
+
+def share_out(counts: np.ndarray, total: int, minimum: int = 1) -> np.ndarray:
+    """(V,) int: ``total`` copies dealt to V units in proportion to the square roots of their counts."""
+    copies = np.full(len(counts), minimum, dtype=np.int64)
+    roots = np.sqrt(counts + 1.0)
+    while copies.sum() < total:
+        copies[np.argmax(roots / copies)] += 1
+    return copies
+
+
+def _check_size(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{name} is {value!r}; expected a positive integer")

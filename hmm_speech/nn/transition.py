@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from hmm_speech.nn.blocks import LogTable, StateNetwork
-from hmm_speech.nn.topology import Topology
+from hmm_speech.nn.topology import AnyTopology
 
 
 class TransitionTable(LogTable):
     """One free number an arc."""
 
-    def __init__(self, topology: Topology) -> None:
+    def __init__(self, topology: AnyTopology) -> None:
         super().__init__(topology.num_states, topology.num_states, allowed=topology.arcs())
 
 
@@ -23,7 +23,7 @@ class TransitionNetwork(nn.Module):
     """
 
     def __init__(
-        self, topology: Topology, dim: int = 128, blocks: int = 5, dropout: float = 0.05, std: float = 1.0
+        self, topology: AnyTopology, dim: int = 128, blocks: int = 5, dropout: float = 0.05, std: float = 1.0
     ) -> None:
         super().__init__()
         self.network = StateNetwork(topology, dim, blocks, dropout, std)

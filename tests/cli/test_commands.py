@@ -124,11 +124,12 @@ def test_samples_follow_the_model(trained):
     drawn = np.stack([u.units for u in sample(model, 20_000, 2, seed=1).utterances])
     with torch.no_grad():
         first, arcs = model.initial().exp(), model.transition().exp()
-        start = model.emission.conditional().squeeze(0).exp()
+        every = torch.arange(model.topology.num_states)
+        start = model.emission.predict(every, torch.zeros(len(every), 0, dtype=torch.int64)).exp()
         unigram = first @ start
         pairs = torch.zeros(12, 12)
         for last in range(12):
-            after = model.emission.conditional(torch.tensor([last])).squeeze(0).exp()
+            after = model.emission.predict(every, torch.full((len(every), 1), last)).exp()
             pairs[last] = (first * start[:, last]) @ arcs @ after
     np.testing.assert_allclose(np.bincount(drawn[:, 0], minlength=12) / 20_000, unigram, atol=0.015)
     found = np.zeros((12, 12))

@@ -12,7 +12,7 @@ from hmm_speech.nn import (
     TransitionNetwork,
     TransitionTable,
 )
-from hmm_speech.nn.emission import log_matmul_exp
+from hmm_speech.nn.blocks import log_matmul_exp
 
 CHAIN = Topology(labels=4, substates=3)
 V = 7
@@ -57,16 +57,14 @@ def test_emissions_with_the_last_unit_are_normalised_for_every_last_unit(part: i
 
 @pytest.mark.parametrize("last_unit", [False, True])
 @pytest.mark.parametrize("part", [0, 1])
-def test_conditional_agrees_with_forward(part: int, last_unit: bool) -> None:
+def test_predict_agrees_with_forward(part: int, last_unit: bool) -> None:
     emission = emissions(last_unit)[part]
     units = torch.tensor([[3, 1, 1, 6], [0, 5, 2, 4]])
     scores = emission(units)
-    first = emission.conditional()[0]
-    torch.testing.assert_close(scores[:, 0], first[:, units[:, 0]].T)
-    for t in range(1, 4):
-        later = emission.conditional(units[:, t - 1])
-        picked = later.gather(2, units[:, t, None, None].expand(-1, CHAIN.num_states, 1))[..., 0]
-        torch.testing.assert_close(scores[:, t], picked)
+    for t in range(4):
+        for state in range(CHAIN.num_states):
+            predicted = emission.predict(torch.tensor([state, state]), units[:, :t])
+            torch.testing.assert_close(scores[:, t, state], predicted.gather(1, units[:, t, None])[:, 0])
 
 
 @settings(max_examples=30, deadline=None)

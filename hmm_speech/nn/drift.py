@@ -1,0 +1,40 @@
+"""Transitions whose scores a context shifts, kept as one shared matrix."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hmm_speech.nn.blocks import log_matmul_exp
+
+
+class Drift(NamedTuple):
+    r"""p(z_t = j | z_{t-1} = i, h_t) = softmax_j(A[i, j] + d[t, j]), with a matrix A and a context's drift d.
+
+    The normaliser of state i at time t, :math:`c_t(i) = \log \sum_j \exp(A[i, j] + d_t(j))`, belongs to the frame that
+    is left. So the chain is one with the shared transition A and, for each frame, a potential in addition to its
+    emission (B, T, N):
+
+    .. math:: d_t(z) - c_{t+1}(z), \quad d_1(z) - c_2(z) - \log \sum_j \exp(\mathrm{initial}(j) + d_1(j)).
+
+    All normalisers are one product of exp(d) (B T, N) and exp(A)^T (N, N); no (B, T, N, N) arises. A sequence's last
+    frame has no successor, and so no c.
+    """
+
+    matrix_NN: Tensor
+    drift_BTN: Tensor
+
+    def potential(self, initial_N: Tensor, lengths_B: Tensor) -> Tensor:
+        """(B, T, N): what the emission gets in addition; ``initial_N`` are log-probabilities."""
+        drift_BTN = self.drift_BTN
+        if not drift_BTN.shape[1]:
+            return drift_BTN
+        normaliser_BTN = log_matmul_exp(drift_BTN[:, 1:].flatten(0, 1), self.matrix_NN).view_as(drift_BTN[:, 1:])
+        follows_BT = torch.arange(1, drift_BTN.shape[1], device=lengths_B.device) < lengths_B[:, None]
+        normaliser_BTN = torch.where(follows_BT[..., None], normaliser_BTN, 0)
+        start_B = torch.logsumexp(initial_N + drift_BTN[:, 0], -1)
+        potential_BTN = drift_BTN - F.pad(normaliser_BTN, (0, 0, 0, 1))
+        return torch.cat([potential_BTN[:, :1] - start_B[:, None, None], potential_BTN[:, 1:]], 1)

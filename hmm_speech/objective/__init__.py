@@ -1,0 +1,5 @@
+"""What training minimises: the negative log-likelihood, and what else is asked of a model."""
+
+from hmm_speech.objective.likelihood import Likelihood, SemiSupervised, Viterbi
+
+__all__ = ["Likelihood", "SemiSupervised", "Viterbi"]
