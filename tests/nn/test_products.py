@@ -1,0 +1,50 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hmm_speech.nn.products import log_matmul_exp
+
+
+def summed(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return torch.logsumexp(left.double()[..., None, :] + right.double(), -1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(0, 2000), st.floats(0, 0.9), st.integers(0, 2**16))
+def test_sums_are_right_at_any_scale_and_with_forbidden_entries(spread: float, forbidden: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (torch.randn(*shape, generator=generator) * spread for shape in ((2, 5, 6), (4, 6)))
+    right = right.masked_fill(torch.rand(right.shape, generator=generator) < forbidden, -torch.inf)
+    torch.testing.assert_close(log_matmul_exp(left, right).double(), summed(left, right), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("apart", [1.0, 60.0, 200.0, 3000.0])
+@pytest.mark.parametrize("forbidden", [False, True])
+def test_gradients_are_shares_however_far_apart(apart: float, forbidden: bool) -> None:
+    left = torch.tensor([[0.0, -apart, -apart]], requires_grad=True)
+    right = torch.tensor([[-torch.inf if forbidden else -2 * apart, 0.0, 1.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    log_matmul_exp(left, right).sum().backward()
+    expected = [x.detach().double().requires_grad_() for x in (left, right)]
+    summed(*expected).sum().backward()
+    for x, y in zip((left, right), expected, strict=True):
+        torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_but_forbidden_entries_is_forbidden_without_a_gradient() -> None:
+    left = torch.tensor([[0.0, -torch.inf], [1.0, 2.0]], requires_grad=True)
+    right = torch.tensor([[-torch.inf, 3.0], [0.0, 0.0]], requires_grad=True)
+    sums = log_matmul_exp(left, right)
+    assert sums[0, 0] == -torch.inf
+    assert sums.isfinite().sum() == 3
+    sums[sums.isfinite()].sum().backward()
+    assert left.grad.isfinite().all()
+    assert right.grad.isfinite().all()
+
+
+def test_half_precision_is_summed_in_single() -> None:
+    left, right = torch.randn(3, 50), torch.randn(4, 50)
+    with torch.autocast("cpu", torch.bfloat16):
+        sums = log_matmul_exp(left, right)
+    assert sums.dtype == torch.float32
+    torch.testing.assert_close(sums.double(), summed(left, right), rtol=1e-6, atol=1e-6)
