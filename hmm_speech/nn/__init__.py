@@ -1,5 +1,19 @@
 """Emission, transition and initial distributions as tables and networks; plain values in, log-probabilities out."""
 
+from hmm_speech.nn.context import (
+    Context,
+    ConvolutionContext,
+    GRUContext,
+    LastUnits,
+    LSTMContext,
+    TransformerContext,
+)
+from hmm_speech.nn.contextual import (
+    ContextualEmission,
+    ContextualTransition,
+    FullContextualTransition,
+    IndependentTransition,
+)
 from hmm_speech.nn.drift import Drift
 from hmm_speech.nn.emission import CategoricalEmission, ClonedEmission, EmissionNetwork, EmissionTable
 from hmm_speech.nn.initial import InitialTable
@@ -10,11 +24,21 @@ __all__ = [
     "CategoricalEmission",
     "ClonedEmission",
     "ClonedTopology",
+    "Context",
+    "ContextualEmission",
+    "ContextualTransition",
+    "ConvolutionContext",
     "Drift",
     "EmissionNetwork",
     "EmissionTable",
+    "FullContextualTransition",
+    "GRUContext",
+    "IndependentTransition",
     "InitialTable",
+    "LSTMContext",
+    "LastUnits",
     "Topology",
+    "TransformerContext",
     "TransitionNetwork",
     "TransitionTable",
 ]

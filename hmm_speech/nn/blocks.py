@@ -8,21 +8,6 @@ from torch.nn import functional as F
 
 from hmm_speech.nn.topology import AnyTopology
 
-_SAFE = 1e-30  # a sum above this lost at most V * 1e-38 / 1e-30 to underflow, far below float32's rounding
-
-
-def log_matmul_exp(left_NV: Tensor, right_YV: Tensor) -> Tensor:
-    """(N, Y): log sum_v exp(left[n, v] + right[y, v]), as one scaled matrix product.
-
-    Row maxima are taken out first, so every factor lies in (0, 1]. Where a row of ``left`` peaks far from the peaks of
-    ``right`` (some 70 nats) the product would underflow; then the sum is taken in log space instead.
-    """
-    left_max, right_max = left_NV.detach().amax(-1, keepdim=True), right_YV.detach().amax(-1, keepdim=True)
-    product = (left_NV - left_max).exp() @ (right_YV - right_max).exp().T
-    if product.detach().amin() > _SAFE:
-        return product.log() + left_max + right_max.T
-    return torch.stack([torch.logsumexp(left_NV + row, -1) for row in right_YV], -1)
-
 
 class LogTable(nn.Module):
     """A trainable table of log-probabilities, normalised along the last dimension; forbidden entries are -inf.

@@ -14,7 +14,7 @@ from hmm_speech.hmm import Chunked, LowRank
 from hmm_speech.nn.blocks import StateNetwork
 from hmm_speech.nn.drift import Drift
 from hmm_speech.nn.products import log_matmul_exp
-from hmm_speech.nn.topology import Topology
+from hmm_speech.nn.topology import AnyTopology
 
 
 class StateScores(nn.Module):
@@ -27,7 +27,7 @@ class StateScores(nn.Module):
     """
 
     def __init__(
-        self, topology: Topology, outputs: int, dim: int | None, blocks: int, dropout: float, std: float
+        self, topology: AnyTopology, outputs: int, dim: int | None, blocks: int, dropout: float, std: float
     ) -> None:
         super().__init__()
         if dim is None:
@@ -51,7 +51,7 @@ class ContextualTransition(nn.Module):
 
     def __init__(
         self,
-        topology: Topology,
+        topology: AnyTopology,
         context_dim: int,
         dim: int | None = 128,
         blocks: int = 2,
@@ -63,8 +63,12 @@ class ContextualTransition(nn.Module):
         self.drift = nn.Linear(context_dim, topology.num_states, bias=False)  # a bias would double the scores'
         self.register_buffer("forbidden", ~topology.arcs(), persistent=False)
 
+    def logits(self) -> Tensor:
+        """(N, N): A."""
+        return self.scores().masked_fill(self.forbidden, -torch.inf)
+
     def forward(self, context_BTH: Tensor) -> Drift:
-        return Drift(self.scores().masked_fill(self.forbidden, -torch.inf), self.drift(context_BTH))
+        return Drift(self.logits(), self.drift(context_BTH))
 
 
 class IndependentTransition(nn.Module):
@@ -80,7 +84,7 @@ class IndependentTransition(nn.Module):
     uses_context = True
     context_is_optional = True
 
-    def __init__(self, topology: Topology, context_dim: int | None = None) -> None:
+    def __init__(self, topology: AnyTopology, context_dim: int | None = None) -> None:
         super().__init__()
         if not topology.arcs().all():
             raise UserError(
@@ -89,6 +93,10 @@ class IndependentTransition(nn.Module):
             )
         self.bias = nn.Parameter(torch.randn(topology.num_states) * 0.1)
         self.drift = None if context_dim is None else nn.Linear(context_dim, topology.num_states, bias=False)
+
+    def logits(self) -> Tensor:
+        """(N, N): b in every row."""
+        return self.bias.expand(len(self.bias), -1)
 
     def forward(self, context_BTH: Tensor | None = None) -> Drift | LowRank:
         if self.drift is None:
@@ -110,7 +118,7 @@ class FullContextualTransition(nn.Module):
 
     def __init__(
         self,
-        topology: Topology,
+        topology: AnyTopology,
         context_dim: int,
         rank: int = 8,
         chunk: int = 32,
@@ -129,8 +137,12 @@ class FullContextualTransition(nn.Module):
         self.change_RNN = nn.Parameter(torch.randn(rank, topology.num_states, topology.num_states) * 0.1)
         self.register_buffer("forbidden", ~topology.arcs(), persistent=False)
 
+    def logits(self) -> Tensor:
+        """(N, N): A."""
+        return self.scores().masked_fill(self.forbidden, -torch.inf)
+
     def forward(self, context_BTH: Tensor) -> Chunked:
-        shared_NN = self.scores().masked_fill(self.forbidden, -torch.inf)
+        shared_NN = self.logits()
         features_BTR = self.features(context_BTH)[:, 1:]  # the arc t leads to frame t + 1
 
         def arcs(start: int, stop: int) -> Tensor:
@@ -152,7 +164,7 @@ class ContextualEmission(nn.Module):
 
     def __init__(
         self,
-        topology: Topology,
+        topology: AnyTopology,
         vocabulary: int,
         context_dim: int,
         dim: int | None = 128,
@@ -165,12 +177,16 @@ class ContextualEmission(nn.Module):
         self.scores = StateScores(topology, vocabulary, dim, blocks, dropout, std)
         self.output = nn.Linear(context_dim, vocabulary, bias=False)
 
+    def logits(self) -> Tensor:
+        """(N, V): S."""
+        return self.scores()
+
     def forward(self, units_BT: Tensor, context_BTH: Tensor) -> Tensor:
         """(B, T, N) log-probability of each frame's unit in each state."""
-        scores_NV, context_BTV = self.scores(), self.output(context_BTH)
+        scores_NV, context_BTV = self.logits(), self.output(context_BTH)
         chosen_BT1 = context_BTV.gather(-1, units_BT[..., None])
         return F.embedding(units_BT, scores_NV.T) + chosen_BT1 - log_matmul_exp(context_BTV, scores_NV)
 
     def predict(self, states_B: Tensor, past_BT: Tensor, context_BH: Tensor) -> Tensor:
         """(B, V): log p(x_t | z_t, h_t); the past is in the context."""
-        return (self.output(context_BH) + self.scores()[states_B]).log_softmax(-1)
+        return (self.output(context_BH) + self.logits()[states_B]).log_softmax(-1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hmm_speech.nn.blocks import log_matmul_exp
+from hmm_speech.nn.products import log_matmul_exp
 
 
 class Drift(NamedTuple):
@@ -32,7 +32,7 @@ class Drift(NamedTuple):
         drift_BTN = self.drift_BTN
         if not drift_BTN.shape[1]:
             return drift_BTN
-        normaliser_BTN = log_matmul_exp(drift_BTN[:, 1:].flatten(0, 1), self.matrix_NN).view_as(drift_BTN[:, 1:])
+        normaliser_BTN = log_matmul_exp(drift_BTN[:, 1:], self.matrix_NN)
         follows_BT = torch.arange(1, drift_BTN.shape[1], device=lengths_B.device) < lengths_B[:, None]
         normaliser_BTN = torch.where(follows_BT[..., None], normaliser_BTN, 0)
         start_B = torch.logsumexp(initial_N + drift_BTN[:, 0], -1)
