@@ -64,7 +64,7 @@ def build_composition(
         if not uses_context(classes["transition"]) and not uses_context(classes["emission"]):
             raise UserError(
                 "there is a context, but neither transition nor emission uses it; add transition=contextual or "
-                "emission=contextual, or leave the context out (context=null)"
+                "emission=contextual, or leave the context out (context=none)"
             )
         context = build("context", vocabulary=vocabulary, dimension=dimension)
         width = {"context_dim": context.dim}
