@@ -18,8 +18,8 @@ from hmm_speech.configuration import ALLOWED_TARGETS, instantiate
 from hmm_speech.data.batching import Batch
 from hmm_speech.hmm import HMM
 from hmm_speech.nn.blocks import LogTable
-from hmm_speech.nn.composition import Composition, build_composition, compose
-from hmm_speech.nn.topology import build_topology
+from hmm_speech.nn.composition import PARTS, Composition, build_composition, compose
+from hmm_speech.nn.topology import build_topology, resolve_topology
 from hmm_speech.optim import EM
 
 LIKELIHOOD = {"_target_": "hmm_speech.objective.Likelihood"}
@@ -78,7 +78,7 @@ class SpeechHMM(LightningModule):
         super().__init__()
         self.save_hyperparameters(ignore=["allowed"], logger=False)
         self.allowed = tuple(allowed)
-        configs = {"initial": initial, "transition": transition, "emission": emission, "context": context}
+        configs = dict(zip(PARTS, (initial, transition, emission, context), strict=True))
         parts = build_composition(configs, build_topology(topology), vocabulary, dimension, self.allowed)
         self.topology, self.initial, self.transition, self.emission, self.context = parts
         self.objective = instantiate(
@@ -86,6 +86,20 @@ class SpeechHMM(LightningModule):
         )
         self.test_result: TestResult | None = None
         self._tested: list[tuple[float, dict[int, np.ndarray]]] = []
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], data: Any, allowed: Sequence[str]) -> SpeechHMM:
+        """The model that a composed configuration and its data module (vocabulary, clones, dimension) describe."""
+        corpus = data.corpus
+        return cls(
+            vocabulary=corpus.vocabulary,
+            topology=resolve_topology(config["topology"], data.train_units, corpus.vocabulary),
+            **{part: config.get(part) for part in (*PARTS, "objective", "optimizer", "seed")},
+            dimension=data.dimension,
+            frames_per_batch=data.frames_per_batch,
+            quantizer=corpus.made.get("quantizer"),
+            allowed=allowed,
+        )
 
     def forward(self, batch: Batch) -> HMM:
         """The HMM of a batch of utterances: its paths are scored by log p(states, observations)."""

@@ -14,6 +14,8 @@ from hmm_speech.hmm import HMM, Active
 from hmm_speech.nn.drift import Drift
 from hmm_speech.nn.topology import AnyTopology
 
+PARTS = ("initial", "transition", "emission", "context")
+
 
 class Composition(NamedTuple):
     """The parts of a model, made to fit together."""
