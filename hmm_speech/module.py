@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from hmm_speech.configuration import ALLOWED_TARGETS, instantiate
 from hmm_speech.data.batching import Batch
 from hmm_speech.hmm import HMM
-from hmm_speech.nn.blocks import count
+from hmm_speech.nn.blocks import count, with_priors
 from hmm_speech.nn.composition import PARTS, Composition, build_composition, compose
 from hmm_speech.nn.topology import build_topology, resolve_topology
 from hmm_speech.optim import EM, Statistics
@@ -181,10 +181,10 @@ class SpeechHMM(LightningModule):
         config = dict(self.hparams.optimizer or {})
         schedule = config.pop("schedule", None)
         extra: dict[str, Any] = {}
-        if self.trained_by_em:  # what turns gradients of the loss back into counts of frames
-            steps = self.trainer.accumulate_grad_batches * self.trainer.world_size
-            extra["scale"] = self.hparams.frames_per_batch * math.log(2) * steps
-        parameters = [p for p in self.parameters() if p.requires_grad]
+        parameters: list[Any] = [p for p in self.parameters() if p.requires_grad]
+        if self.trained_by_em:
+            extra["scale"] = math.log(2) * self._frames_a_step(bool(config.get("stepwise")))
+            parameters = [{"params": [p], "prior": prior} for p, prior in with_priors(self, parameters)]
         optimizer = instantiate(config, parameters, kind=Optimizer, allowed=self.allowed, where="optimizer", **extra)
         if schedule is None:
             return optimizer
@@ -193,3 +193,8 @@ class SpeechHMM(LightningModule):
             schedule, optimizer, kind=LRScheduler, allowed=self.allowed, where="optimizer.schedule", **total
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _frames_a_step(self, of_an_epoch: bool) -> float:
+        """What turns a gradient back into counts of the frames of a step, or of a whole epoch."""
+        frames = self.hparams.frames_per_batch * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return frames * self.trainer.estimated_stepping_batches / self.trainer.max_epochs if of_an_epoch else frames

@@ -209,6 +209,13 @@ def _divergence(table: Tensor, logits: Tensor) -> Tensor:
     return torch.where(allowed, table.exp() * (table - torch.where(allowed, log_probs, 0)), 0).sum(-1).mean()
 
 
+def set_priors(module: nn.Module, sequences: Sequence[np.ndarray]) -> None:
+    """What MAP estimation draws tables between cloned states to: the bigram of their units."""
+    prior = getattr(module.transition, "prior", None)
+    if prior is not None:
+        prior.copy_(torch.from_numpy(bigram_tables(sequences, module.topology)[1]))
+
+
 def initialise(
     module: nn.Module, sequences: Sequence[np.ndarray], iterations: int, steps: int, lr: float, seed: int = 0
 ) -> None:

@@ -132,11 +132,12 @@ def resolve_topology(config: Mapping[str, Any], sequences: Sequence[np.ndarray],
     """A configured topology with what the training split decides: ``{states: N}`` becomes ``{clones: [...]}``.
 
     Clones are shared out in proportion to the square root of a unit's count; each unit has ``minimum`` at least, which
-    may make more states than asked for where the vocabulary is large.
+    may make more states than asked for where the vocabulary is large. With ``states``, the labels and substates that a
+    preset for chains may have left in the configuration do not count.
     """
     if "states" not in config:
         return dict(config)
-    unknown = config.keys() - {"states", "minimum"}
+    unknown = config.keys() - {"states", "minimum", "labels", "substates"}
     if unknown:
         raise UserError(
             f"topology: {', '.join(sorted(unknown))} does not go with states; see configs/topology/cloned.yaml"

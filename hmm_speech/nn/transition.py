@@ -7,14 +7,20 @@ from torch import Tensor, nn
 
 from hmm_speech.errors import UserError
 from hmm_speech.nn.blocks import LogTable, StateNetwork
-from hmm_speech.nn.topology import AnyTopology
+from hmm_speech.nn.topology import AnyTopology, ClonedTopology
 
 
 class TransitionTable(LogTable):
-    """One free number an arc."""
+    """One free number an arc.
+
+    Between cloned states, ``prior`` holds the bigram of units once training has begun (``ClusterInitialisation`` sets
+    it): what EM draws the table to.
+    """
 
     def __init__(self, topology: AnyTopology) -> None:
         super().__init__(topology.num_states, topology.num_states, allowed=topology.arcs())
+        if isinstance(topology, ClonedTopology):
+            self.prior = torch.zeros(topology.num_states, topology.num_states)
 
 
 class TransitionNetwork(nn.Module):

@@ -36,6 +36,7 @@ def test_a_topology_takes_its_clones_from_the_training_split() -> None:
     plain = resolve_topology({"states": 50, "minimum": 2}, TRAIN, V)
     assert sum(plain["clones"]) == 50 and min(plain["clones"]) >= 2 and len(plain["clones"]) == V
     assert build_topology(plain) == ClonedTopology(tuple(plain["clones"]))
+    assert resolve_topology({"states": 50, "minimum": 2, "labels": 3}, TRAIN, V) == plain
     assert resolve_topology({"labels": 3, "substates": 2}, TRAIN, V) == {"labels": 3, "substates": 2}
 
 
@@ -43,7 +44,7 @@ def test_a_topology_takes_its_clones_from_the_training_split() -> None:
     ("config", "message"),
     [
         ({"states": 0}, r"topology\.states is 0"),
-        ({"states": 9, "substates": 3}, "substates does not go with states"),
+        ({"states": 9, "state": 3}, "state does not go with states"),
         ({"states": 9, "minimum": -1}, r"topology\.minimum is -1"),
     ],
 )
