@@ -2,5 +2,6 @@
 
 from hmm_speech.callbacks.checkpoint import AtomicCheckpointIO
 from hmm_speech.callbacks.initialise import ClusterInitialisation
+from hmm_speech.callbacks.pseudocount import ChoosePseudocount
 
-__all__ = ["AtomicCheckpointIO", "ClusterInitialisation"]
+__all__ = ["AtomicCheckpointIO", "ChoosePseudocount", "ClusterInitialisation"]

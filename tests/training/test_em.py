@@ -169,3 +169,19 @@ def test_cloned_states_are_drawn_to_the_bigram(tmp_path, train) -> None:
         found.append(json.loads((folder / "metrics.json").read_text()))
     assert found[1]["bits_per_frame"] == pytest.approx(found[1]["baselines"]["bigram"], abs=0.1)
     assert abs(found[0]["bits_per_frame"] - found[1]["bits_per_frame"]) > 0.05
+
+
+def test_a_pseudocount_is_chosen_on_the_valid_split(tmp_path, train) -> None:
+    """Sixty states from forty utterances: the largest of three is best, and resuming keeps it."""
+    cloned = ("topology=cloned", "topology.states=60", "emission=cloned", "transition=table", "initial=table")
+    choose = "hmm_speech.callbacks.ChoosePseudocount"
+    run = ("optimizer=em", f"+callbacks.pseudocount={{_target_:{choose},candidates:[0.001,30,1]}}")
+    train(tmp_path, *cloned, *run, "trainer.max_epochs=1", networks=False)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    groups = torch.load(last, weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert {group["pseudocount"] for group in groups} == {30}
+    train(tmp_path, *cloned, *run, "trainer.max_epochs=2", f"ckpt_path={last}", networks=False)
+    groups = torch.load(last, weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert {group["pseudocount"] for group in groups} == {30}
+    with pytest.raises(UserError, match="optimizer=em adds"):
+        train(tmp_path / "adam", *cloned, run[1], networks=False)
