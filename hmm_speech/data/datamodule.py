@@ -61,7 +61,7 @@ class UnitDataModule(LightningDataModule):
         return str(self.path)
 
     def read(self) -> UnitCorpus:
-        """The corpus; a subclass may take it from elsewhere. What lies in outputs/NAME, the recipe of that name makes."""
+        """The corpus; a subclass may take it from elsewhere. What lies in outputs/NAME is made by that recipe."""
         path = Path(self.path).expanduser()
         script = CLONE / "recipes" / path.parent.name / "prepare.py"
         if not path.exists() and path.parent == CLONE / "outputs" / path.parent.name and script.exists():

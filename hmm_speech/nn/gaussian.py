@@ -188,7 +188,7 @@ class GaussianEmission(FrameEmission):
         if covariance not in COVARIANCES:
             raise UserError(f"emission.covariance is {covariance!r}; expected one of {', '.join(COVARIANCES)}")
         if not 0 < floor < 1:
-            raise UserError(f"emission.floor is {floor!r}; expected more than 0 and less than 1, the variance of frames")
+            raise UserError(f"emission.floor is {floor!r}; expected more than 0 and less than 1 (frames have 1)")
         self.register_buffer("centre", torch.zeros(dimension))
         self.register_buffer("scale", torch.ones(dimension))
         self.mean = nn.Parameter(torch.randn(self.num_states, dimension))

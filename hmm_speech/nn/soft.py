@@ -100,7 +100,7 @@ class ProductEmission(FrameEmission):
         return frames.long()
 
     def points(self, frames_FQ: Tensor) -> Tensor:
-        """Each code as an indicator, beside each other: half the squared distance is the number of codes that differ."""
+        """Indicators of the codes, beside each other: half the squared distance is the number of codes that differ."""
         codes = self._codes(frames_FQ)
         return torch.cat([F.one_hot(codes[:, q], size) for q, size in enumerate(self.codebooks)], -1).float()
 

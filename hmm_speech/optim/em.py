@@ -136,8 +136,8 @@ def _check_table(parameter: Tensor) -> None:
     if not torch.all(total.abs() < _TOLERANCE):
         raise UserError(
             f"EM trains tables of log-probabilities, but a parameter of shape {tuple(parameter.shape)} is none: its "
-            "last dimension does not sum to 1. Use emission=table (or gaussian, soft, product) transition=table initial=table "
-            "with optimizer=em, or a gradient optimizer (optimizer=adamw)"
+            "last dimension does not sum to 1. Use emission=table (or gaussian, soft, product), transition=table and "
+            "initial=table with optimizer=em, or a gradient optimizer (optimizer=adamw)"
         )
 
 

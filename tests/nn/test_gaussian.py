@@ -94,10 +94,9 @@ def test_draws_have_the_moments_of_their_state(covariance: str) -> None:
 
 
 def plain_em(initial, transition, mean, covariance, sequences, kind, floor):
-    """One textbook iteration in float64 numpy, on probabilities; covariance (N, D, D) or one for all."""
+    """One textbook iteration in float64 numpy, on probabilities; covariance (N, D, D)."""
     num_states = len(initial)
     starts, arcs = np.zeros(num_states), np.zeros((num_states, num_states))
-    weight, first = np.zeros(num_states), np.zeros((num_states, D))
     frames, gammas = [], []
     for x in sequences:
         difference = x[:, None] - mean

@@ -88,7 +88,9 @@ def test_networks_are_fitted_and_nothing_depends_on_the_generator() -> None:
     again = model()
     torch.manual_seed(17)
     initialise_frames(again, FRAMES, 1, steps=0, lr=0.0)
-    assert all(torch.equal(a, b) for a, b in zip(tables.state_dict().values(), again.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(tables.state_dict().values(), again.state_dict().values(), strict=True)
+    )
 
 
 def test_soft_units_and_codes_start_from_clusters_too() -> None:
