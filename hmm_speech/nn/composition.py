@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from hmm_speech.configuration import find_class, instantiate
 from hmm_speech.errors import UserError
-from hmm_speech.hmm import HMM, Active
-from hmm_speech.nn.drift import Drift
+from hmm_speech.hmm import HMM, Active, LowRank
+from hmm_speech.nn.low_rank import LowRankHMM
 from hmm_speech.nn.topology import AnyTopology
 
 PARTS = ("initial", "transition", "emission", "context")
+
+
+class Chain(Protocol):
+    """What a model makes of a batch: an :class:`hmm_speech.hmm.HMM`, or what answers the same questions."""
+
+    lengths: Tensor
+    """(B,) int64."""
+
+    def log_partition(self) -> Tensor:
+        """(B,) log p(observations)."""
+
+    def viterbi(self) -> tuple[Tensor, Tensor]:
+        """A best path: its ``score`` (B,) and its ``states`` (B, T) int64, -1 past the end."""
+
+
+class Transitions(Protocol):
+    """What a transition gives that is neither a matrix nor a structure of the layer, such as a ``Drift``."""
+
+    def chain(self, initial_N: Tensor, emission: Tensor | Active, lengths_B: Tensor) -> Chain:
+        """The chain of a batch, from log-probabilities and what the emission gave."""
+
+    def following(self, initial_N: Tensor, states_BT: Tensor) -> Tensor:
+        """(B, N) log p(next state | states so far), of which there may be none."""
 
 
 class Composition(NamedTuple):
@@ -24,7 +46,7 @@ class Composition(NamedTuple):
     initial: nn.Module
     """() -> (N,) log-probabilities."""
     transition: nn.Module
-    """(context,) or () -> (N, N) log-probabilities, a structure of :mod:`hmm_speech.hmm`, or a :class:`Drift`."""
+    """(context,) or () -> (N, N) log-probabilities, a structure of :mod:`hmm_speech.hmm`, or :class:`Transitions`."""
     emission: nn.Module
     """(observed, context) or (observed,) -> (B, T, N) log-probabilities or densities, or an ``Active``."""
     context: nn.Module | None
@@ -92,21 +114,15 @@ def observed(part: nn.Module, batch: Any) -> Tensor:
     return batch.frames if reads_frames(part) else batch.units
 
 
-def compose(model: Composition, batch: Any) -> HMM:
-    """The HMM of a batch: paths are scored by log p(states, observations)."""
+def compose(model: Composition, batch: Any) -> HMM | Chain:
+    """The chain of a batch: paths are scored by log p(states, observations)."""
     context_BTH = None if model.context is None else model.context(observed(model.context, batch))
     transition = model.transition(context_BTH) if uses_context(model.transition) else model.transition()
     what = observed(model.emission, batch)
     emission = model.emission(what, context_BTH) if uses_context(model.emission) else model.emission(what)
     initial_N = model.initial()
-    if isinstance(transition, Drift):
-        emission = _add(emission, transition.potential(initial_N, batch.lengths))
-        transition = transition.matrix_NN
+    if hasattr(transition, "chain"):
+        return transition.chain(initial_N, emission, batch.lengths)
+    if isinstance(transition, LowRank):
+        return LowRankHMM(initial_N, transition, emission, batch.lengths)
     return HMM(initial_N, transition, emission, batch.lengths)
-
-
-def _add(emission: Tensor | Active, potential_BTN: Tensor) -> Tensor | Active:
-    if isinstance(emission, Active):
-        at = potential_BTN.gather(2, emission.states.clamp(min=0))
-        return Active(emission.states, emission.scores + torch.where(emission.states < 0, 0, at))
-    return emission + potential_BTN

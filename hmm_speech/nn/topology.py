@@ -39,6 +39,11 @@ class Topology:
         """N."""
         return self.labels * self.substates
 
+    @property
+    def is_full(self) -> bool:
+        """Whether every state may follow every state; told without the (N, N) arcs."""
+        return self.substates == 1
+
     def arcs(self) -> Tensor:
         """(N, N) bool: ``[i, j]`` tells whether state i may be followed by state j."""
         states = torch.arange(self.num_states)
@@ -88,6 +93,11 @@ class ClonedTopology:
     def labels(self) -> int:
         """As many as states."""
         return self.num_states
+
+    @property
+    def is_full(self) -> bool:
+        """True."""
+        return True
 
     def arcs(self) -> Tensor:
         """(N, N) bool: all."""
