@@ -19,6 +19,7 @@ from hmm_speech.data.batching import Batch
 from hmm_speech.hmm import HMM
 from hmm_speech.nn.blocks import count, with_priors
 from hmm_speech.nn.composition import PARTS, Composition, build_composition, compose
+from hmm_speech.nn.initialise import set_priors
 from hmm_speech.nn.topology import build_topology, resolve_topology
 from hmm_speech.optim import EM, Statistics
 
@@ -124,6 +125,10 @@ class SpeechHMM(LightningModule):
     def num_parameters(self) -> int:
         """Trainable numbers; forbidden entries of tables are none, nor is what carries statistics to EM."""
         return sum(int(p.detach().isfinite().sum()) for p in self.parameters() if not isinstance(p, Statistics))
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":  # in a resumed run, too: priors are not in the checkpoint
+            set_priors(self, self.trainer.datamodule.train_units)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         # Loaders draw from the same generator, and not equally often in a resumed run: so start anew for every batch.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from hmm_speech.nn.composition import reads_frames
-from hmm_speech.nn.initialise import initialise, set_priors
+from hmm_speech.nn.initialise import initialise
 from hmm_speech.nn.initialise_frames import initialise_frames
 
 
@@ -26,7 +26,6 @@ class ClusterInitialisation(Callback):
         self.iterations, self.steps, self.lr, self.seed = iterations, steps, lr, seed
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        set_priors(pl_module, trainer.datamodule.train_units)  # in a resumed run, too: they are not in the checkpoint
         if trainer.ckpt_path is not None:  # known from here on; not yet in setup
             return
         if trainer.is_global_zero:

@@ -14,20 +14,22 @@ from hmm_speech.data.batching import Batch
 from hmm_speech.errors import UserError
 from hmm_speech.optim import EM
 
+CANDIDATES = (1, 3, 7, 15, 30, 60, 120, 250, 500)
+
 
 class ChoosePseudocount(Callback):
     """Before the first epoch, try pseudocounts in ascending order and keep the one with the fewest bits on valid.
 
     Each is tried by a few EM iterations from where the model starts; what they did is undone. Two in a row that are
-    worse than the best end the search. So one preset serves corpora of any size: where a row of a table was seen rarely,
-    more of the prior is wanted. A resumed run takes the choice from its checkpoint.
+    worse than the best end the search. So one preset serves corpora of any size: where rows of a table were seen
+    rarely, more of the prior is wanted. A resumed run takes the choice from its checkpoint.
 
     Args:
         candidates: pseudocounts, in frames.
         iterations: of EM for each.
     """
 
-    def __init__(self, candidates: Sequence[float] = (1, 3, 7, 15, 30, 60, 120, 250, 500), iterations: int = 12) -> None:
+    def __init__(self, candidates: Sequence[float] = CANDIDATES, iterations: int = 12) -> None:
         if not candidates or any(not 0 <= c < math.inf for c in candidates):
             raise UserError(f"pseudocount.candidates is {candidates!r}; expected finite numbers of at least 0")
         if iterations < 1:
