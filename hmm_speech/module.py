@@ -18,7 +18,7 @@ from hmm_speech.configuration import ALLOWED_TARGETS, instantiate
 from hmm_speech.data.batching import Batch
 from hmm_speech.hmm import HMM
 from hmm_speech.nn.blocks import count, with_priors
-from hmm_speech.nn.composition import PARTS, Composition, build_composition, compose
+from hmm_speech.nn.composition import PARTS, Chain, Composition, build_composition, compose
 from hmm_speech.nn.initialise import set_priors
 from hmm_speech.nn.topology import build_topology, resolve_topology
 from hmm_speech.optim import EM, Statistics
@@ -45,8 +45,8 @@ class SpeechHMM(LightningModule):
         vocabulary: number of units, V.
         topology: ``{labels, substates}`` or ``{clones}``, see :mod:`hmm_speech.nn.topology`.
         initial, transition, emission: ``{_target_, ...}`` of modules that give (N,), (N, N) (or a structure of
-            :mod:`hmm_speech.hmm`, or a :class:`~hmm_speech.nn.drift.Drift`) and, from units (B, T) or frames (B, T, D),
-            log-probabilities (B, T, N) (or an ``Active``).
+            :mod:`hmm_speech.hmm`, or :class:`~hmm_speech.nn.composition.Transitions`) and, from units (B, T) or frames
+            (B, T, D), log-probabilities (B, T, N) (or an ``Active``).
         context: ``{_target_, ...}`` of a causal network over the past, (B, T, H), or None.
         objective: ``{_target_, ...}`` of what training minimises; the negative log-likelihood by default.
         optimizer: ``{_target_, ..., schedule: {_target_, ...} or None}``; not needed for inference.
@@ -103,8 +103,8 @@ class SpeechHMM(LightningModule):
             allowed=allowed,
         )
 
-    def forward(self, batch: Batch) -> HMM:
-        """The HMM of a batch of utterances: its paths are scored by log p(states, observations)."""
+    def forward(self, batch: Batch) -> HMM | Chain:
+        """The chain of a batch of utterances: its paths are scored by log p(states, observations)."""
         return compose(Composition(self.topology, self.initial, self.transition, self.emission, self.context), batch)
 
     @property
