@@ -21,6 +21,7 @@ from hmm_speech.nn.blocks import count, with_priors
 from hmm_speech.nn.composition import PARTS, Chain, Composition, build_composition, compose
 from hmm_speech.nn.initialise import set_priors
 from hmm_speech.nn.topology import build_topology, resolve_topology
+from hmm_speech.objective.finite import check_finite
 from hmm_speech.optim import EM, Statistics
 
 LIKELIHOOD = {"_target_": "hmm_speech.objective.Likelihood"}
@@ -134,7 +135,9 @@ class SpeechHMM(LightningModule):
         # Loaders draw from the same generator, and not equally often in a resumed run: so start anew for every batch.
         place = (self.hparams.seed, self.current_epoch, batch_idx, self.global_rank)
         torch.manual_seed(int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=8).digest(), "big"))
-        bits = self.objective(self, batch).sum() / math.log(2)
+        bits_B = self.objective(self, batch) / math.log(2)
+        check_finite(bits_B.detach(), batch.index, self.trainer.datamodule.corpus.split("train"))
+        bits = bits_B.sum()
         self._log_bits("train", bits.detach(), batch)
         return bits / self.hparams.frames_per_batch
 

@@ -11,7 +11,7 @@ from hmm_speech.errors import UserError
 from hmm_speech.hmm import Banded
 from hmm_speech.nn.blocks import LogTable
 from hmm_speech.nn.low_rank import require_full
-from hmm_speech.nn.topology import AnyTopology
+from hmm_speech.nn.topology import AnyTopology, ClonedTopology
 
 
 class BandedTransition(nn.Module):
@@ -27,6 +27,11 @@ class BandedTransition(nn.Module):
     def __init__(self, topology: AnyTopology, offsets: Sequence[int] = (0, 1, 2)) -> None:
         super().__init__()
         require_full("banded", topology, "the offsets alone say which there are")
+        if isinstance(topology, ClonedTopology):
+            raise UserError(
+                "transition=banded leaves most units no way to one another where each state emits a single unit "
+                "(topology=cloned); take topology=full"
+            )
         offsets = list(offsets)
         whole = all(isinstance(k, int) and not isinstance(k, bool) for k in offsets)
         if not offsets or not whole or len(set(offsets)) < len(offsets):

@@ -42,8 +42,8 @@ class Likelihood(nn.Module):
         """(B,) nats."""
         hmm = self.chain(model, batch)
         loss_B = self.cost(hmm)
-        if weight := self.entropy * max(0.0, 1 - 2 * model.progress):
-            loss_B = loss_B - weight * _plain(hmm, "objective.entropy").entropy()
+        if self.entropy and model.progress < 0.5:
+            loss_B = loss_B - self.entropy * (1 - 2 * model.progress) * _plain(hmm, "objective.entropy").entropy()
         if self.pseudocount or self.stickiness:
             loss_B = loss_B - self.log_prior(model, hmm) * batch.lengths / model.frames_per_epoch
         return loss_B

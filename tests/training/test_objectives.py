@@ -109,3 +109,9 @@ def test_shown_phones_raise_what_states_know_of_phones(tmp_path, train) -> None:
         train(run, "objective=semi_supervised", f"data.phones={share}", *tables, networks=False)
         found.append(json.loads((run / "metrics.json").read_text())["states"]["pnmi"])
     assert found[1] > found[0] + 0.05
+
+
+def test_an_impossible_utterance_is_named(tmp_path, train) -> None:
+    overrides = ("objective=semi_supervised", "data.phones=1", "topology.substates=9", "topology.labels=8")
+    with pytest.raises(UserError, match="the loss of utterance 'synthetic0"):
+        train(tmp_path, *overrides, "transition=table", "emission=table", "optimizer=adam", networks=False)
