@@ -17,6 +17,6 @@ def check_finite(loss_B: Tensor, index_B: Tensor, utterances: Sequence[Any]) -> 
     names = ", ".join(repr(utterances[k].id) for k in index_B[~loss_B.isfinite()].tolist()[:3])
     raise UserError(
         f"training: the loss of utterance {names} is not finite: no path of states can make it (forbidden arcs, or "
-        "known phones shorter than their labels' chains), or training diverged. Allow more arcs (topology.substates=1), or "
-        "lower optimizer.lr; the last checkpoint is that of the epoch before"
+        "known phones shorter than their labels' chains), or training diverged. Allow more arcs "
+        "(topology.substates=1), or lower optimizer.lr; the last checkpoint is that of the epoch before"
     )

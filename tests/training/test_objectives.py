@@ -97,7 +97,7 @@ def test_phones_without_a_label_and_wrong_weights_are_told() -> None:
         Likelihood(model.parts, entropy=-1)
     with pytest.raises(UserError, match="stickiness needs a transition matrix"):
         Likelihood(model.parts, stickiness=1.0).log_prior(
-            model, SimpleNamespace(transition=None, initial=torch.zeros(2))
+            model, SimpleNamespace(transition=None, lengths=torch.ones(1))
         )
 
 
