@@ -5,17 +5,17 @@ Shapes: B utterances, T frames, N states, K clones of a unit at most, M states t
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from hmm_speech.errors import UserError
 from hmm_speech.hmm import HMM, Active, Chunked, Viterbi
-from hmm_speech.nn.blocks import StateNetwork
 from hmm_speech.nn.topology import AnyTopology, ClonedTopology
+from hmm_speech.nn.transition import TransitionNetwork
 
 NUMBERS = 2**23  # of scores and vectors that are in memory at a time, 32 MB
 
@@ -119,10 +119,8 @@ class SlotChain:
         return Viterbi(score, torch.where(slots_BT < 0, -1, states_BT))
 
 
-class ClonedTransition(nn.Module):
-    """log softmax_j(h_i . k_j + b_j), h_i from a network over the embeddings of unit and clone, k_j a free vector.
-
-    The distribution of :class:`TransitionNetwork`, for numbers of states whose (N, N) scores are too many to hold.
+class ClonedTransition(TransitionNetwork):
+    """The same distribution as :class:`TransitionNetwork`, for cloned states too many for (N, N) scores.
 
     State dropout (Chiu and Rush 2020, arXiv:2011.04640, section 3.3): in each training batch a random part of each
     unit's clones is active, and the chain is normalised over these. A step then costs less, by the square of that part,
@@ -130,26 +128,19 @@ class ClonedTransition(nn.Module):
 
     Args:
         state_dropout: share of each unit's clones that a training batch does without; one is always left.
-        dim, blocks, dropout, std: of the network, see :class:`StateNetwork`.
+        options: see :class:`TransitionNetwork`.
+
+    Raises:
+        UserError: the states are not cloned, or ``state_dropout`` is no share below 1.
     """
 
-    def __init__(
-        self,
-        topology: AnyTopology,
-        state_dropout: float = 0.5,
-        dim: int = 128,
-        blocks: int = 2,
-        dropout: float = 0.05,
-        std: float = 1.0,
-    ) -> None:
-        super().__init__()
+    def __init__(self, topology: AnyTopology, state_dropout: float = 0.5, **options: Any) -> None:
         if not isinstance(topology, ClonedTopology):
             raise UserError(f"transition=cloned needs topology=cloned, but the topology has {topology}")
         if not 0 <= state_dropout < 1:
             raise UserError(f"transition.state_dropout is {state_dropout!r}; expected a share from 0 to below 1")
+        super().__init__(topology, **options)
         self.state_dropout = state_dropout
-        self.network = StateNetwork(topology, dim, blocks, dropout, std)
-        self.key = nn.Linear(dim, topology.num_states)
         clones_V = torch.tensor(topology.clones)
         kept_V = (clones_V * (1 - state_dropout)).round().long().clamp(min=1)
         self.register_buffer("unit_N", topology.factors()[0], persistent=False)
@@ -157,17 +148,15 @@ class ClonedTransition(nn.Module):
         self.register_buffer("kept_V", kept_V, persistent=False)
 
     def forward(self) -> Products:
-        active = self.draw() if self.training and self.state_dropout else None
-        return Products(self.network(), self.key.weight, self.key.bias, active)
+        return Products(*self.factors(), self.draw() if self.training and self.state_dropout else None)
 
     def draw(self) -> Tensor:
         """(M,): as many clones of each unit as are kept, at random; ascending."""
-        order = torch.argsort(
-            self.unit_N + torch.rand(len(self.unit_N), dtype=torch.float64, device=self.unit_N.device)
-        )
+        noise_N = torch.rand(len(self.unit_N), dtype=torch.float64, device=self.unit_N.device)
+        order = torch.argsort(self.unit_N + noise_N)
         rank_N = torch.arange(len(order), device=order.device) - self.start_V[self.unit_N]  # states lie sorted by unit
         return order[rank_N < self.kept_V[self.unit_N]].sort().values
 
     def logits(self) -> Tensor:
-        """(N, N) scores, for small N."""
-        return self.key(self.network())
+        """(N, N) log-probabilities, for small N."""
+        return super().forward()

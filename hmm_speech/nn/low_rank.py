@@ -89,6 +89,6 @@ def require_full(name: str, topology: AnyTopology, reason: str) -> None:
     """Raise a UserError where a topology forbids arcs."""
     if not topology.is_full:
         raise UserError(
-            f"transition={name}: the topology, {topology}, forbids arcs, and {reason}; take topology=full or "
-            "transition=network"
+            f"transition={name}: the topology, {topology}, forbids arcs, and {reason}; take topology=full with "
+            "topology.substates=1, or transition=network"
         )

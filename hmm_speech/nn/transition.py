@@ -54,12 +54,17 @@ class TransitionNetwork(nn.Module):
             self.key_network = StateNetwork(topology, dim, blocks, dropout, std)
             self.bias = nn.Parameter(torch.zeros(topology.num_states))
         self.keys, self.scale = keys, dim**-0.5
-        self.register_buffer("forbidden", ~topology.arcs(), persistent=False)
+        self.register_buffer("forbidden", None if topology.is_full else ~topology.arcs(), persistent=False)
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """h (N, dim), scaled, k (N, dim) and b (N,)."""
+        if self.keys == "free":
+            return self.network(), self.key.weight, self.key.bias
+        return self.scale * self.network(), self.key_network(), self.bias
 
     def forward(self) -> Tensor:
-        rows_ND = self.network()
-        if self.keys == "free":
-            logits_NN = self.key(rows_ND)
-        else:
-            logits_NN = self.scale * rows_ND @ self.key_network().T + self.bias
-        return logits_NN.masked_fill(self.forbidden, -torch.inf).log_softmax(-1)
+        rows_ND, keys_ND, bias_N = self.factors()
+        logits_NN = torch.addmm(bias_N, rows_ND, keys_ND.T)
+        if self.forbidden is not None:
+            logits_NN = logits_NN.masked_fill(self.forbidden, -torch.inf)
+        return logits_NN.log_softmax(-1)

@@ -80,6 +80,19 @@ def test_the_start_is_far_above_noise_and_iterations_raise_the_likelihood(covari
     assert report["pnmi"] > 0.5
 
 
+def test_units_of_measurement_do_not_matter() -> None:
+    """Numbers c times as large have a density of 1 / c each, and nothing else changes."""
+    found = []
+    for scale in (np.ones(4), np.array([1.0, 100.0, 0.01, 5.0])):
+        module = model()
+        initialise_frames(module, [(scale * x + 7).astype(np.float32) for x in FRAMES], 2, steps=0, lr=0.0)
+        batch = collate(list(enumerate(TRAIN)))
+        with torch.no_grad():
+            batch = batch._replace(frames=torch.as_tensor(scale).float() * batch.frames + 7)
+            found.append(float(module(batch).log_partition().sum()) + sum(map(len, FRAMES)) * np.log(scale).sum())
+    assert found[1] == pytest.approx(found[0], rel=1e-3)  # 7 leaves 0.01 five digits
+
+
 def test_networks_are_fitted_and_nothing_depends_on_the_generator() -> None:
     tables, network = model(), model(network=True)
     initialise_frames(tables, FRAMES, 1, steps=0, lr=0.0)
