@@ -11,18 +11,17 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from hmm_speech.configuration import ALLOWED_TARGETS, instantiate
 from hmm_speech.data.batching import Batch
 from hmm_speech.hmm import HMM
-from hmm_speech.nn.blocks import count, with_priors
+from hmm_speech.nn.blocks import count
 from hmm_speech.nn.composition import PARTS, Chain, Composition, build_composition, compose
 from hmm_speech.nn.initialise import set_priors
 from hmm_speech.nn.topology import build_topology, resolve_topology
 from hmm_speech.objective.finite import check_finite
-from hmm_speech.optim import EM, Statistics
+from hmm_speech.optim import Statistics
+from hmm_speech.optim.configure import configure_optimizers, is_em
 
 LIKELIHOOD = {"_target_": "hmm_speech.objective.Likelihood"}
 
@@ -86,7 +85,7 @@ class SpeechHMM(LightningModule):
         self.objective = instantiate(
             objective or LIKELIHOOD, parts, kind=nn.Module, allowed=self.allowed, where="objective"
         )
-        count(self, self.trained_by_em)  # here, since it decides which parameters DDP waits for
+        count(self, is_em(optimizer))  # here, since it decides which parameters DDP waits for
         self.test_result: TestResult | None = None
         self._tested: list[tuple[float, dict[int, np.ndarray]]] = []
 
@@ -107,11 +106,6 @@ class SpeechHMM(LightningModule):
     def forward(self, batch: Batch) -> HMM | Chain:
         """The chain of a batch of utterances: its paths are scored by log p(states, observations)."""
         return compose(Composition(self.topology, self.initial, self.transition, self.emission, self.context), batch)
-
-    @property
-    def trained_by_em(self) -> bool:
-        """Whether gradients are to be expected counts, and an M-step follows."""
-        return (self.hparams.optimizer or {}).get("_target_") in (f"{EM.__module__}.EM", "hmm_speech.optim.EM")
 
     @property
     def progress(self) -> float:
@@ -186,23 +180,4 @@ class SpeechHMM(LightningModule):
                 del state[key]
 
     def configure_optimizers(self) -> Any:
-        config = dict(self.hparams.optimizer or {})
-        schedule = config.pop("schedule", None)
-        extra: dict[str, Any] = {}
-        parameters: list[Any] = [p for p in self.parameters() if p.requires_grad]
-        if self.trained_by_em:
-            extra["scale"] = math.log(2) * self._frames_a_step(bool(config.get("stepwise")))
-            parameters = [{"params": [p], "prior": prior} for p, prior in with_priors(self, parameters)]
-        optimizer = instantiate(config, parameters, kind=Optimizer, allowed=self.allowed, where="optimizer", **extra)
-        if schedule is None:
-            return optimizer
-        total = {"total_steps": int(self.trainer.estimated_stepping_batches)}
-        scheduler = instantiate(
-            schedule, optimizer, kind=LRScheduler, allowed=self.allowed, where="optimizer.schedule", **total
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _frames_a_step(self, of_an_epoch: bool) -> float:
-        """What turns a gradient back into counts of the frames of a step, or of a whole epoch."""
-        frames = self.hparams.frames_per_batch * self.trainer.accumulate_grad_batches * self.trainer.world_size
-        return frames * self.trainer.estimated_stepping_batches / self.trainer.max_epochs if of_an_epoch else frames
+        return configure_optimizers(self, self.hparams.optimizer or {})
