@@ -43,7 +43,7 @@ class Likelihood(nn.Module):
         hmm = self.chain(model, batch)
         loss_B = self.cost(hmm)
         if self.entropy and model.progress < 0.5:
-            loss_B = loss_B - self.entropy * (1 - 2 * model.progress) * _plain(hmm, "objective.entropy").entropy()
+            loss_B = loss_B - self.entropy * (1 - 2 * model.progress) * plain_chain(hmm, "objective.entropy").entropy()
         if self.pseudocount or self.stickiness:
             loss_B = loss_B - self.log_prior(model, hmm) * batch.lengths / model.frames_per_epoch
         return loss_B
@@ -95,7 +95,7 @@ class SemiSupervised(Likelihood):
         hmm = model(batch)
         if batch.phones is None:
             return hmm
-        _plain(hmm, "objective=semi_supervised")
+        plain_chain(hmm, "objective=semi_supervised")
         if not isinstance(hmm.emission, Tensor):
             raise UserError(
                 "objective=semi_supervised needs an emission over all states; emission=cloned has few a frame"
@@ -114,7 +114,7 @@ def _tables(model: nn.Module) -> Iterator[LogTable]:
     return (module for module in model.modules() if isinstance(module, LogTable))
 
 
-def _plain(chain: HMM | Chain, where: str) -> HMM:
+def plain_chain(chain: HMM | Chain, where: str) -> HMM:
     if not isinstance(chain, HMM):
         raise UserError(f"{where} needs a chain of single frames over all states; not transition=semi_markov or cloned")
     return chain

@@ -21,6 +21,7 @@ from hmm_speech.data.synthetic import sample_corpus
 from hmm_speech.data.unitfile import read_units, write_units
 from hmm_speech.errors import UserError
 from hmm_speech.module import SpeechHMM
+from hmm_speech.report import learning_curve
 
 from .conftest import composed
 from .test_run import Kill, assert_same, checkpoint
@@ -171,6 +172,16 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
         found.append(checkpoint(tmp_path / name, "best")["state_dict"])
     for key in found[0]:
         torch.testing.assert_close(found[1][key], found[0][key], rtol=1e-4, atol=1e-5)
+
+
+def test_annealed_em_ends_where_the_data_are_likely(tmp_path: Path, train: Train) -> None:
+    bits = {}
+    for name, temperature in (("plain", 1), ("annealed", 8)):
+        overrides = ("objective=annealed", f"objective.temperature={temperature}", "callbacks.early_stopping=null")
+        train(tmp_path / name, *EM, *overrides, "trainer.max_epochs=10", networks=False)
+        bits[name] = [row["valid/bits_per_frame"] for row in learning_curve(tmp_path / name)]
+    assert bits["annealed"][0] > bits["plain"][0] + 0.05  # still hot
+    assert bits["annealed"][-1] == pytest.approx(bits["plain"][-1], abs=0.3)  # of some 9
 
 
 def test_the_start_can_be_left_out(tmp_path: Path, train: Train) -> None:

@@ -14,7 +14,7 @@ from hmm_speech.hmm import HMM
 from hmm_speech.nn import Topology
 from hmm_speech.nn.blocks import LogTable
 from hmm_speech.nn.composition import build_composition, compose
-from hmm_speech.objective import Likelihood, SemiSupervised, Viterbi
+from hmm_speech.objective import Annealed, Likelihood, SemiSupervised, Viterbi
 
 V = 4
 CONFIGS = {
@@ -51,6 +51,26 @@ def test_likelihood_is_minus_log_z() -> None:
 def test_viterbi_costs_the_best_path() -> None:
     model = Model(Topology(2, 2))
     torch.testing.assert_close(Viterbi(model.parts)(model, batch()), -model(batch()).viterbi().score)
+
+
+@pytest.mark.parametrize(("progress", "temperature"), [(0.0, 9.0), (0.25, 3.0), (0.5, 1.0), (0.8, 1.0)])
+def test_annealing_sums_paths_at_a_temperature_that_falls_to_1(progress: float, temperature: float) -> None:
+    model = Model(Topology(3), progress)
+    found = Annealed(model.parts, temperature=9.0, until=0.5)(model, batch())
+    hmm = model(batch())
+    for row, length in enumerate((4, 3)):
+        scores = []
+        for path in itertools.product(range(3), repeat=length):
+            states = torch.zeros(2, 4, dtype=torch.int64)
+            states[row, :length] = torch.tensor(path)
+            scores.append(hmm.score(states)[row] / temperature)
+        torch.testing.assert_close(found[row], -temperature * torch.stack(scores).logsumexp(0))
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": 0.5}, {"temperature": math.inf}, {"until": 0}, {"until": 2}])
+def test_annealing_refuses_what_cannot_be(wrong: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=rf"objective\.{next(iter(wrong))} is"):
+        Annealed(Model(Topology(3)).parts, **wrong)
 
 
 @pytest.mark.parametrize(("progress", "weight"), [(0.0, 0.8), (0.25, 0.4), (0.5, 0.0), (1.0, 0.0)])
