@@ -6,7 +6,7 @@ moves from what comes before the cluster's units to what comes after. Only the u
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from hmm_speech.hmm import HMM
 from hmm_speech.nn.blocks import LogTable
 from hmm_speech.nn.emission import EmissionTable
 from hmm_speech.nn.initial import InitialTable
+from hmm_speech.nn.low_rank import LowRankTransition
 from hmm_speech.nn.topology import ClonedTopology, Topology, share_out
 from hmm_speech.nn.transition import TransitionTable
 from hmm_speech.optim import EM
@@ -26,7 +27,9 @@ CONTEXT = 0.9
 STAY = 0.8  # probability of repeating a state: long stays start from few boundaries, which training then adds to
 FLOOR = 0.2  # share of every emission and exit that follows the unigram
 PSEUDOCOUNT = 0.1  # frames, in the EM iterations
-MOST_STATES = 4096  # of tables (N, N)
+RARE = 0.01  # share of what a class leads to that follows the unigram
+TINY = 1e-30  # what noise made smaller is taken for this: a probability of 0 would never change
+MOST_STATES = 1024  # of tables (N, N), whose EM iterations and fit take a minute at that size
 
 
 def change_counts(sequences: Sequence[np.ndarray], vocabulary: int) -> np.ndarray:
@@ -112,21 +115,25 @@ def log_table(table: np.ndarray) -> Tensor:
         return torch.from_numpy(np.log(table)).float()
 
 
-def bigram_tables(sequences: Sequence[np.ndarray], topology: ClonedTopology) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) and (N, N) float64: unigram and bigram of the units, dealt evenly to clones; every row sums to 1.
+def unit_bigram(sequences: Sequence[np.ndarray], vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+    """(V,) and (V, V) float64: unigram and bigram of the units; every row sums to 1.
 
     The bigram is interpolated with the unigram (Witten and Bell 1991: a unit that was followed by many kinds of units
     leaves more to the unigram).
     """
-    unit = topology.factors()[0].numpy()
-    vocabulary = len(topology.clones)
     counts = np.zeros((vocabulary, vocabulary))
     for units in sequences:
         np.add.at(counts, (units[:-1], units[1:]), 1)
     unigram = np.bincount(np.concatenate(list(sequences)), minlength=vocabulary) + 0.5
     unigram = unigram / unigram.sum()
     kinds = np.maximum((counts > 0).sum(1, keepdims=True), 1)
-    bigram = (counts + kinds * unigram) / (counts.sum(1, keepdims=True) + kinds)
+    return unigram, (counts + kinds * unigram) / (counts.sum(1, keepdims=True) + kinds)
+
+
+def bigram_tables(sequences: Sequence[np.ndarray], topology: ClonedTopology) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) and (N, N) float64: :func:`unit_bigram`, dealt evenly to clones; every row sums to 1."""
+    unit = topology.factors()[0].numpy()
+    unigram, bigram = unit_bigram(sequences, len(topology.clones))
     clones = np.array(topology.clones)
     return (unigram / clones)[unit], (bigram / clones)[unit][:, unit]
 
@@ -142,6 +149,25 @@ def cloned_tables(
         torch.from_numpy(np.log(_normalise(transition * noise))).float(),
         None,
     )
+
+
+def class_tables(
+    sequences: Sequence[np.ndarray], vocabulary: int, labels: int, rank: int, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities (N, R), (R, N) and (N, V) of states that follow one another as units do, through classes.
+
+    States and classes are clusters of units, or copies where they are more; a state leads to classes as its units lead
+    to theirs, and a class to the states that share its units. Noise tells copies apart. No (N, N) arises.
+    """
+    generator = np.random.default_rng(seed)
+    unigram, bigram = unit_bigram(sequences, vocabulary)
+    of_states, of_classes = (cluster_units(sequences, vocabulary, size, seed) for size in (labels, rank))
+    own, shared = _normalise(of_states * unigram), _normalise(of_classes * unigram)
+    left, right = own @ bigram @ of_classes.T, shared @ of_states.T
+    right = (1 - RARE) * right + RARE * (own * unigram).sum(1) / (own * unigram).sum()
+    left, right = (_normalise(x * generator.gamma(1.0, size=x.shape)) for x in (left, right))
+    emission = (1 - FLOOR) * own + FLOOR * unigram
+    return tuple(torch.from_numpy(np.log(np.maximum(x, TINY))).float() for x in (left, right, emission))
 
 
 def _normalise(table: np.ndarray) -> np.ndarray:
@@ -178,30 +204,35 @@ def _batches(sequences: Sequence[np.ndarray], size: int = 32) -> Iterator[tuple[
 
 
 def fit_tables(module: nn.Module, tables: tuple[Tensor, Tensor, Tensor | None], steps: int, lr: float) -> float:
-    """Fit a model's initial, transition and emission to tables; returns the mean KL divergence left, in nats a row.
+    """Fit a model's initial, transition and emission to tables; see :func:`fit_targets`."""
+    parts = (module.initial, module.transition, module.emission)
+    targets = [(part, table) for part, table in zip(parts, tables, strict=True) if table is not None]
+    return fit_targets(targets, [p for part, _ in targets for p in part.parameters()], steps, lr)
+
+
+def fit_targets(
+    targets: Iterable[tuple[Any, Tensor]], parameters: Sequence[nn.Parameter], steps: int, lr: float
+) -> float:
+    """Have parts of a model give tables; returns the mean KL divergence left, in nats a row.
 
     Tables are taken over as they are; of networks, the mean over rows of KL(table || network) is minimised with Adam.
     """
-    targets: list[tuple[Any, Tensor]] = []
-    parts = (module.initial, module.transition, module.emission)
-    for part, table in zip(parts, tables, strict=True):
-        if table is None:  # there is nothing to train
-            continue
+    made: list[tuple[Any, Tensor]] = []
+    for part, table in targets:
         if hasattr(part, "assign"):
             part.assign(table)
         else:
-            device = next(part.parameters()).device
-            targets.append((part.logits if hasattr(part, "logits") else part, table.to(device)))
-    parameters = [p for part in parts if not hasattr(part, "assign") for p in part.parameters()]
-    if not targets:
+            made.append((getattr(part, "logits", part), table.to(parameters[0].device)))
+    if not made:
         return 0.0
     optimizer = torch.optim.Adam(parameters, lr=lr)
     loss = torch.zeros(())
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = torch.stack([_divergence(table, network()) for network, table in targets]).sum()
+        loss = torch.stack([_divergence(table, network()) for network, table in made]).sum()
         loss.backward()
         optimizer.step()
+    optimizer.zero_grad()
     return float(loss.detach())
 
 
@@ -223,17 +254,23 @@ def initialise(
 ) -> None:
     """Tables, ``iterations`` of EM on them, then ``steps`` of Adam that fit the model to them.
 
-    Tables of chains come from clusters of units, those of cloned states from bigrams.
+    Tables of chains come from clusters of units, those of cloned states from bigrams, and so do transitions through
+    classes, without EM.
 
     Raises:
-        UserError: there are too many states for such tables.
+        UserError: there are too many states for tables of (N, N), and no classes.
     """
+    vocabulary = module.emission.vocabulary
+    if isinstance(module.transition, LowRankTransition) and isinstance(module.topology, Topology):
+        tables = class_tables(sequences, vocabulary, module.topology.labels, module.transition.rank, seed)
+        targets = zip((*module.transition.halves(), module.emission), tables, strict=True)
+        fit_targets(targets, [*module.transition.parameters(), *module.emission.parameters()], steps, lr)
+        return
     if module.topology.num_states > MOST_STATES:
         raise UserError(
-            f"callbacks.initialise makes tables of states x states, too large for {module.topology.num_states} states; "
-            "leave it out with callbacks.initialise=null"
+            f"callbacks.initialise makes tables of states x states, too large for {module.topology}; leave it out with "
+            "callbacks.initialise=null"
         )
-    vocabulary = module.emission.vocabulary
     if isinstance(module.topology, ClonedTopology):
         tables = cloned_tables(sequences, vocabulary, module.topology, seed)
         fit_tables(module, tables, steps, lr)

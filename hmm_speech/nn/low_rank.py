@@ -5,6 +5,8 @@ Shapes: B utterances, T frames, N states, R classes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -46,6 +48,7 @@ class LowRankTransition(nn.Module):
         require_full("low_rank", topology, "a sum of products of probabilities forbids no single arc")
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise UserError(f"transition.rank is {rank!r}; expected a positive integer")
+        self.rank = rank
         if dim is None:
             self.left, self.right = (
                 LogTable(topology.num_states, rank, std=std),
@@ -60,6 +63,12 @@ class LowRankTransition(nn.Module):
             return LowRank(self.left(), self.right())
         left_NR, right_NR = self.output(self.network()).chunk(2, -1)
         return LowRank(left_NR.log_softmax(-1), right_NR.T.log_softmax(-1))
+
+    def halves(self) -> tuple[Any, Any]:
+        """What gives log-probabilities (N, R) and what gives (R, N): the tables, or functions."""
+        if hasattr(self, "left"):
+            return self.left, self.right
+        return lambda: self().left, lambda: self().right
 
     def logits(self) -> Tensor:
         """(N, N): log-probabilities of arcs, for small N."""

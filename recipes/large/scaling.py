@@ -28,12 +28,11 @@ SIZES = (1024, 4096, 16384, 32768)
 MOST_DENSE = 4096
 NETWORK = {"dim": 128, "blocks": 2}
 LOW_RANK = {"_target_": "hmm_speech.nn.LowRankTransition", "rank": 64, **NETWORK}
-CLONED = {"_target_": "hmm_speech.nn.ClonedTransition", "dim": 64, "blocks": 2}
+CLONED = {"_target_": "hmm_speech.nn.ClonedTransition", "keys": "network", "dim": 64, "blocks": 2}
 DENSE_EMISSION = {"_target_": "hmm_speech.nn.EmissionNetwork", **NETWORK}
 MODELS = {
     "network": ({"_target_": "hmm_speech.nn.TransitionNetwork", **NETWORK}, DENSE_EMISSION),
     "low_rank": (LOW_RANK, DENSE_EMISSION),
-    "cloned": ({**CLONED, "state_dropout": 0.0}, {"_target_": "hmm_speech.nn.ClonedEmission"}),
     "cloned, half": ({**CLONED, "state_dropout": 0.5}, {"_target_": "hmm_speech.nn.ClonedEmission"}),
     "cloned, quarter": ({**CLONED, "state_dropout": 0.75}, {"_target_": "hmm_speech.nn.ClonedEmission"}),
 }

@@ -19,6 +19,7 @@ FULL = ("topology=full", "topology.labels=6", "topology.substates=1", "emission=
 EM = ("transition.dim=null", "optimizer=em", "callbacks.initialise=null")
 COMPOSITIONS = {
     "low_rank": (*FULL, "transition=low_rank", "transition.rank=4", *NETWORK),
+    "large": (*FULL, "transition=low_rank", "topology.labels=1100", *NETWORK),
     "low_rank_em": (*FULL, "transition=low_rank", "transition.rank=4", *EM),
     "banded": (*FULL, "transition=banded", "transition.offsets=[0,1,-1]"),
     "semi_markov": (*FULL, "transition=semi_markov", "transition.longest=6", *NETWORK),
@@ -55,7 +56,7 @@ def test_structured_transitions_train_and_their_checkpoints_serve(name: str, tmp
         ((*FULL, "transition=semi_markov", "objective=semi_supervised"), "objective=semi_supervised needs a chain"),
         ((*FULL, "transition=semi_markov", "objective.entropy=1"), "objective.entropy needs a chain"),
         ((*FULL, "transition=semi_markov", "objective.stickiness=1"), "objective.stickiness needs a transition matrix"),
-        ((*FULL, "transition=low_rank", "topology.labels=5000", "callbacks.initialise.steps=1"), "initialise=null"),
+        (("topology=cloned", "topology.states=1100", "emission=cloned", "transition=cloned"), "initialise=null"),
     ],
 )
 def test_what_does_not_fit_says_why(overrides: tuple[str, ...], message: str, tmp_path: Path, train: Train) -> None:
