@@ -15,7 +15,8 @@ from hmm_speech.objective.likelihood import Likelihood, plain_chain
 class Annealed(Likelihood):
     r"""-log p(x) at a temperature that falls to 1: :math:`-\tau \log \sum_z p(x, z)^{1 / \tau}`.
 
-    The free energy of deterministic annealing (Ueda and Nakano 1998, eq. 12, with beta = 1 / tau). Its gradients are
+    That is the least of E_q[-log p(x, z)] - tau H(q) over distributions q of paths: their entropy counts tau-fold. The
+    free energy of deterministic annealing (Ueda and Nakano 1998, eq. 12, with beta = 1 / tau). Its gradients are
     expected counts under p(z | x)^(1 / tau), so that optimizer=em takes its M-steps as ever. While the temperature is
     high, paths are hardly decided, and where training started matters less.
 

@@ -24,26 +24,19 @@ class Likelihood(nn.Module):
             frames, so that it is added once an epoch.
         stickiness: the same for staying alone, -stickiness * sum_i log p(z_t = i | z_{t-1} = i), in frames (the sticky
             prior of Fox et al. 2008); for transitions that are a matrix.
-        entropy: what the entropy of the posterior paths is worth at the start, in nats a nat; it falls to 0 linearly by
-            the middle of training. At 1 the free energy -log p(x) - H(z | x) is minimised, which keeps states from
-            being decided early (deterministic annealing, Ueda and Nakano 1998).
     """
 
-    def __init__(
-        self, parts: Composition, pseudocount: float = 0.0, stickiness: float = 0.0, entropy: float = 0.0
-    ) -> None:
+    def __init__(self, parts: Composition, pseudocount: float = 0.0, stickiness: float = 0.0) -> None:
         super().__init__()
-        for name, value in (("pseudocount", pseudocount), ("stickiness", stickiness), ("entropy", entropy)):
+        for name, value in (("pseudocount", pseudocount), ("stickiness", stickiness)):
             if not 0 <= value < float("inf"):
                 raise UserError(f"objective.{name} is {value!r}; expected a finite number of at least 0")
-        self.pseudocount, self.stickiness, self.entropy = pseudocount, stickiness, entropy
+        self.pseudocount, self.stickiness = pseudocount, stickiness
 
     def forward(self, model: Any, batch: Any) -> Tensor:
         """(B,) nats."""
         hmm = self.chain(model, batch)
         loss_B = self.cost(hmm)
-        if self.entropy and model.progress < 0.5:
-            loss_B = loss_B - self.entropy * (1 - 2 * model.progress) * plain_chain(hmm, "objective.entropy").entropy()
         if self.pseudocount or self.stickiness:
             loss_B = loss_B - self.log_prior(model, hmm) * batch.lengths / model.frames_per_epoch
         return loss_B

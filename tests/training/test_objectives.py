@@ -73,14 +73,6 @@ def test_annealing_refuses_what_cannot_be(wrong: dict[str, float]) -> None:
         Annealed(Model(Topology(3)).parts, **wrong)
 
 
-@pytest.mark.parametrize(("progress", "weight"), [(0.0, 0.8), (0.25, 0.4), (0.5, 0.0), (1.0, 0.0)])
-def test_the_entropy_of_the_paths_fades_by_the_middle(progress: float, weight: float) -> None:
-    model = Model(Topology(3), progress)
-    hmm = model(batch())
-    found = Likelihood(model.parts, entropy=0.8)(model, batch())
-    torch.testing.assert_close(found, -hmm.log_partition() - weight * hmm.entropy().to(found))
-
-
 def test_priors_are_added_once_an_epoch() -> None:
     model = Model(Topology(2, 2), frames_per_epoch=7.0)  # the two utterances are the epoch
     plain = Likelihood(model.parts)(model, batch()).sum()
@@ -113,8 +105,8 @@ def test_phones_without_a_label_and_wrong_weights_are_told() -> None:
     model = Model(Topology(2))
     with pytest.raises(UserError, match="phone number 5"):
         SemiSupervised(model.parts)(model, batch(torch.full((2, 4), 5)))
-    with pytest.raises(UserError, match=r"objective\.entropy is -1"):
-        Likelihood(model.parts, entropy=-1)
+    with pytest.raises(UserError, match=r"objective\.stickiness is -1"):
+        Likelihood(model.parts, stickiness=-1)
     with pytest.raises(UserError, match="stickiness needs a transition matrix"):
         Likelihood(model.parts, stickiness=1.0).log_prior(
             model, SimpleNamespace(transition=None, lengths=torch.ones(1))
