@@ -171,7 +171,7 @@ def sample(module: SpeechHMM, num: int, frames: int, frame_rate: float = 50.0, s
     labels and the frames are kept as such.
 
     Raises:
-        UserError: `num`, `frames` or `frame_rate` is not positive.
+        UserError: `num`, `frames` or `frame_rate` is not positive, or the model cannot make what its context reads.
     """
     from hmm_speech.nn.sampling import draw_sequences
 
@@ -179,7 +179,8 @@ def sample(module: SpeechHMM, num: int, frames: int, frame_rate: float = 50.0, s
         if not value > 0:
             raise UserError(f"{name}: got {value}, expected more than 0")
     with torch.no_grad():
-        drawn = draw_sequences(module, num, frames, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        drawn = draw_sequences(module, num, frames, generator, module.hparams.get("dimension"))
     labels = module.topology.label_of(drawn.states_BT).numpy().astype(np.int32)
     units = labels if drawn.units_BT is None else drawn.units_BT.numpy().astype(np.int32)
     utterances = [

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hmm_speech.errors import UserError
 from hmm_speech.hmm import Banded, Chunked, LowRank
 from hmm_speech.nn.composition import reads_frames, uses_context
 
@@ -22,17 +23,30 @@ class Drawn(NamedTuple):
     """None where the emission is over units."""
 
 
-def draw_sequences(model: Any, num: int, frames: int, generator: torch.Generator) -> Drawn:
+def draw_sequences(
+    model: Any, num: int, frames: int, generator: torch.Generator, dimension: int | None = None
+) -> Drawn:
     """``num`` sequences of ``frames`` frames: z_1, x_1, z_2, x_2, ... from their conditional distributions.
 
-    A context reads all frames so far anew for each frame, so its cost grows with the square of the length.
+    A context reads all frames so far anew for each frame, so its cost grows with the square of the length. An emission
+    over frames needs their ``dimension``.
+
+    Raises:
+        UserError: the context reads frames and the emission makes units, or the other way round.
     """
     over_frames = reads_frames(model.emission)
+    if model.context is not None and reads_frames(model.context) != over_frames:
+        made, read = ("frames", "units") if over_frames else ("units", "frames")
+        raise UserError(
+            f"this model makes {made}, but its context reads {read}, which nothing draws; samples need a model with "
+            f"context.observes={made}"
+        )
+    nothing = torch.zeros(num, 0, dimension) if over_frames else torch.zeros(num, 0, dtype=torch.int64)
     states: list[Tensor] = []
     seen: list[Tensor] = []
     fixed = None if uses_context(model.transition) else model.transition()
     for _ in range(frames):
-        past = torch.stack(seen, 1) if seen else torch.zeros(num, 0, dtype=torch.int64)
+        past = torch.stack(seen, 1) if seen else nothing
         context_BTH = None
         if model.context is not None:  # of the frame that comes now: causal, so what stands at its place is not read
             context_BTH = model.context(F.pad(past, (0, 0, 0, 1) if past.dim() == 3 else (0, 1)))
