@@ -13,6 +13,7 @@ from hmm_speech.errors import UserError
 from hmm_speech.hmm import Chunked, LowRank
 from hmm_speech.nn.blocks import StateNetwork
 from hmm_speech.nn.drift import Drift
+from hmm_speech.nn.low_rank import require_full
 from hmm_speech.nn.products import log_matmul_exp
 from hmm_speech.nn.topology import AnyTopology
 
@@ -75,7 +76,7 @@ class IndependentTransition(nn.Module):
     """log p(z_t = j | z_{t-1}, h_t) = log softmax_j((W h_t)[j] + b[j]): no dependence on the state before.
 
     The baseline of Markov models: frames are then a mixture each, given the context. Without a context, b alone says
-    which states there are. The chain costs N a frame, as one of rank 1, where there is no context.
+    which states there are. The chain has rank 1 and costs N a frame.
 
     Raises:
         UserError: the topology forbids arcs, which is a dependence on the state before.
@@ -86,11 +87,7 @@ class IndependentTransition(nn.Module):
 
     def __init__(self, topology: AnyTopology, context_dim: int | None = None) -> None:
         super().__init__()
-        if not topology.is_full:
-            raise UserError(
-                f"transition=independent: the topology, {topology}, forbids arcs, so that states depend on one "
-                "another; take topology=full"
-            )
+        require_full("independent", topology, "states then depend on one another")
         self.bias = nn.Parameter(torch.randn(topology.num_states) * 0.1)
         self.drift = None if context_dim is None else nn.Linear(context_dim, topology.num_states, bias=False)
 
@@ -99,11 +96,10 @@ class IndependentTransition(nn.Module):
         return self.bias.expand(len(self.bias), -1)
 
     def forward(self, context_BTH: Tensor | None = None) -> Drift | LowRank:
+        nothing_N1 = torch.zeros_like(self.bias)[:, None]
         if self.drift is None:
-            scores = self.bias.log_softmax(-1)
-            return LowRank(torch.zeros_like(scores)[:, None], scores[None])
-        scores_BTN = (self.drift(context_BTH) + self.bias).log_softmax(-1)
-        return Drift(scores_BTN.new_zeros(scores_BTN.shape[-1], scores_BTN.shape[-1]), scores_BTN)
+            return LowRank(nothing_N1, self.bias.log_softmax(-1)[None])
+        return Drift(LowRank(nothing_N1, nothing_N1.T), self.drift(context_BTH) + self.bias)
 
 
 class FullContextualTransition(nn.Module):

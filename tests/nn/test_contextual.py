@@ -28,9 +28,7 @@ NETWORK = {"dim": 8, "blocks": 1, "dropout": 0.0}
 def chain(initial: Tensor, transition: object, emission: Tensor, lengths: Tensor | None = None) -> HMM:
     if isinstance(transition, Drift):
         lengths = torch.full(emission.shape[:1], emission.shape[1]) if lengths is None else lengths
-        return HMM(
-            initial, transition.matrix_NN, emission + transition.potential(initial, lengths), lengths, check=True
-        )
+        return transition.chain(initial, emission, lengths)
     return HMM(initial, transition, emission, lengths, check=True)
 
 
@@ -57,6 +55,19 @@ def test_a_drift_is_the_chain_of_its_normalised_transitions(topology: Topology, 
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
+def test_a_drift_over_low_rank_scores_is_that_over_their_matrix() -> None:
+    torch.manual_seed(0)
+    scores = LowRank(torch.randn(4, 2), torch.randn(2, 4))
+    drift, emission = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
+    initial, lengths = torch.randn(4).log_softmax(-1), torch.tensor([5, 3])
+    found, expected = (Drift(matrix, drift) for matrix in (scores, scores.dense()))
+    chains = [each.chain(initial, emission, lengths) for each in (found, expected)]
+    torch.testing.assert_close(chains[0].log_partition(), chains[1].log_partition())
+    assert torch.equal(chains[0].viterbi().states, chains[1].viterbi().states)
+    for states in (torch.zeros(2, 0, dtype=torch.int64), torch.tensor([[0, 3], [2, 1]])):
+        torch.testing.assert_close(found.following(initial, states), expected.following(initial, states))
+
+
 def transitions(topology: Topology) -> dict[str, torch.nn.Module]:
     torch.manual_seed(1)
     made = {
@@ -72,7 +83,9 @@ def transitions(topology: Topology) -> dict[str, torch.nn.Module]:
 def rows(transition: object, t: int) -> Tensor:
     """(B, N, N): log p(z_t = j | z_{t-1} = i, h_t)."""
     if isinstance(transition, Drift):
-        return (transition.matrix_NN + transition.drift_BTN[:, t, None]).log_softmax(-1)
+        matrix = transition.matrix_NN
+        matrix = matrix.dense() if isinstance(matrix, LowRank) else matrix
+        return (matrix + transition.drift_BTN[:, t, None]).log_softmax(-1)
     if isinstance(transition, LowRank):
         return transition.dense()[None]
     return transition.function(t - 1, t)[:, 0]
