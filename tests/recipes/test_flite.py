@@ -100,6 +100,10 @@ def test_the_script_makes_what_ships(tmp_path, shipped):
         # on another processor, rounding may decide otherwise at the start of k-means: other clusters, as good
         units = [np.concatenate([u.units for u in c.utterances]) for c in (made, corpus)]
         assert normalized_mutual_info_score(*units) > 0.75
+    frames = read_units(tmp_path / "one" / "logmel_frames.parquet")
+    assert frames.vocabulary == 50 and not (tmp_path / "units" / "logmel_frames.parquet").exists()
+    for left, right in zip(frames.utterances, shipped["logmel"].utterances, strict=True):
+        assert left.id == right.id and left.frames.shape == (len(right.units), 40)
     # on one machine the bytes are the same, wherever the files lie
     (tmp_path / "one").rename(tmp_path / "two")
     prepare.make_units(tmp_path / "two", tmp_path / "again", ["mfcc"])
