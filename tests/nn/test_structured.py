@@ -19,6 +19,7 @@ from hmm_speech.nn import (
     LowRankTransition,
     SemiMarkovTransition,
     Topology,
+    cloned,
     low_rank,
 )
 from hmm_speech.nn.composition import Composition, compose
@@ -180,6 +181,23 @@ def test_state_dropout_keeps_a_part_of_each_units_clones_and_normalises_over_it(
     dense = HMM(model.initial()[active].log_softmax(-1), scores, emission, batch.lengths)
     torch.testing.assert_close(found.log_partition(), dense.log_partition())
     assert torch.equal(found.viterbi().states, active[dense.viterbi().states])
+
+
+def test_products_are_the_same_in_small_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = parts("cloned"), every_sequence(4)
+    model.transition.eval()
+    made, results = [], []
+    matmul = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda x, y: made.append(x.shape) or matmul(x, y))
+    for numbers in (cloned.NUMBERS, 1):
+        monkeypatch.setattr(cloned, "NUMBERS", numbers)
+        made.clear()
+        z = compose(model, batch).log_partition()
+        frames = {shape[1] for shape in made}
+        assert frames == ({3} if numbers > 1 else {1})  # arcs at a time, of 4 frames
+        results.append((z.detach(), torch.autograd.grad(z.sum(), list(model.transition.parameters()))))
+    for whole, portion in zip((results[0][0], *results[0][1]), (results[1][0], *results[1][1]), strict=True):
+        torch.testing.assert_close(whole, portion, rtol=1e-4, atol=1e-4)
 
 
 def test_durations_are_those_of_the_table() -> None:
