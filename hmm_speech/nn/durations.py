@@ -96,7 +96,7 @@ class SemiMarkovChain:
 
 
 class SemiMarkovTransition(nn.Module):
-    """An explicit-duration model (Ferguson 1980; Yu 2010, "Hidden semi-Markov models", section 2): :class:`Durations`.
+    """An explicit-duration model (Ferguson 1980; Yu 2010, "Hidden semi-Markov models"): :class:`Durations`.
 
     Which state follows comes from :class:`StateScores`, or from a table that exact EM can train; durations from a table
     (N, D), log softmax over ``shortest`` .. ``longest`` frames.

@@ -20,7 +20,7 @@ MOST_STATES = 4096  # of an exact best path, which takes N^2 a frame and an (N, 
 
 
 class LowRankTransition(nn.Module):
-    """log sum_r softmax_r(l_i)[r] softmax_j(k_r)[j] (Chiu et al. 2021, arXiv:2201.02715, section 3).
+    """log sum_r softmax_r(l_i)[r] softmax_j(k_r)[j] (Chiu et al. 2021, arXiv:2201.02715).
 
     Both factors are tables, which exact EM can train, or two maps of one network over state embeddings: l = U n_z,
     k = (W n_z)^T. Memory and time are N R; no (N, N) arises in training.

@@ -119,5 +119,5 @@ def test_many_states_without_classes_are_refused() -> None:
     module = SimpleNamespace(
         topology=Topology(5000), transition=None, emission=SimpleNamespace(vocabulary=V), initial=None
     )
-    with pytest.raises(UserError, match="callbacks.initialise=null"):
+    with pytest.raises(UserError, match=r"callbacks\.initialise=null"):
         initialise(module, TRAIN, iterations=0, steps=1, lr=1e-2)
