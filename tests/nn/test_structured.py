@@ -41,9 +41,10 @@ def parts(name: str) -> Composition:
         "semi_markov": lambda: SemiMarkovTransition(FULL, 2, 4, **NETWORK),
         "semi_markov_tables": lambda: SemiMarkovTransition(FULL, longest=3, dim=None),
         "cloned": lambda: ClonedTransition(CLONES, 0.5, **NETWORK),
+        "cloned_low_rank": lambda: LowRankTransition(CLONES, rank=3, **NETWORK),
     }[name]()
-    topology = CLONES if name == "cloned" else FULL
-    emission = ClonedEmission(CLONES, V) if name == "cloned" else EmissionTable(FULL, V)
+    topology = CLONES if "cloned" in name else FULL
+    emission = ClonedEmission(CLONES, V) if "cloned" in name else EmissionTable(FULL, V)
     initial = InitialTable(topology)
     for table in (initial, getattr(emission, "table", None)):
         if table is not None:
@@ -51,7 +52,8 @@ def parts(name: str) -> Composition:
     return Composition(topology, initial, made, emission, None)
 
 
-NAMES = ("low_rank", "low_rank_tables", "banded", "near_diagonal", "semi_markov", "semi_markov_tables", "cloned")
+PLAIN = ("low_rank", "low_rank_tables", "banded", "near_diagonal", "cloned", "cloned_low_rank")
+NAMES = (*PLAIN, "semi_markov", "semi_markov_tables")
 
 
 def every_sequence(time: int) -> Batch:
@@ -69,7 +71,7 @@ def test_all_sequences_of_a_length_have_probability_one(name: str, training: boo
         torch.testing.assert_close(total, torch.tensor(1.0), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["low_rank", "low_rank_tables", "banded", "near_diagonal", "cloned"])
+@pytest.mark.parametrize("name", PLAIN)
 def test_the_chain_is_that_of_the_dense_matrix(name: str) -> None:
     model = parts(name)
     model.transition.eval()
