@@ -16,7 +16,7 @@ from hmm_speech.nn.blocks import LogTable, StateNetwork
 from hmm_speech.nn.products import log_matmul_exp
 from hmm_speech.nn.topology import AnyTopology
 
-MOST_STATES = 4096  # of an exact best path, which takes N^2 a frame and an (N, N) of 67 MB
+MOST_STATES = 2048  # of an exact best path, which takes N^2 a frame
 
 
 class LowRankTransition(nn.Module):
