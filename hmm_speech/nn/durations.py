@@ -69,7 +69,7 @@ class SemiMarkovChain:
     """
 
     def __init__(self, parts: Durations, initial_N: Tensor, emission_BTN: Tensor, lengths_B: Tensor) -> None:
-        self.num_states, self.lengths, self.emission = len(initial_N), lengths_B, emission_BTN
+        self.num_states, self.lengths = len(initial_N), lengths_B
         ends_here_N = torch.full_like(initial_N, -torch.inf)
         self.segments = SemiMarkovHMM(
             torch.cat([initial_N, initial_N]),
@@ -88,11 +88,6 @@ class SemiMarkovChain:
         """The best segmentation's score (B,) and states (B, T), -1 past the end."""
         score, states_BT, _ = self.segments.viterbi()
         return Viterbi(score, torch.where(states_BT < 0, -1, states_BT % self.num_states))
-
-    def marginals(self) -> Tensor:
-        """(B, T, N) posteriors of each frame's state, 0 past the end."""
-        here, last = self.segments.marginals().chunk(2, -1)
-        return here + last
 
 
 class SemiMarkovTransition(nn.Module):
