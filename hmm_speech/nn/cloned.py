@@ -122,7 +122,7 @@ class SlotChain:
 class ClonedTransition(TransitionNetwork):
     """The same distribution as :class:`TransitionNetwork`, for cloned states too many for (N, N) scores.
 
-    State dropout (Chiu and Rush 2020, arXiv:2011.04640, section 3.3): in each training batch a random part of each
+    State dropout (Chiu and Rush 2020, arXiv:2011.04640): in each training batch a random part of each
     unit's clones is active, and the chain is normalised over these. A step then costs less, by the square of that part,
     and clones do not co-adapt. All are active outside training.
 

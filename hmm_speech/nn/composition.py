@@ -124,5 +124,7 @@ def compose(model: Composition, batch: Any) -> HMM | Chain:
     if hasattr(transition, "chain"):
         return transition.chain(initial_N, emission, batch.lengths)
     if isinstance(transition, LowRank):
+        if isinstance(emission, Active):  # 2 N R a frame; over the active states alone, scores are K^2 sums over R
+            emission = emission.dense(len(initial_N))
         return LowRankHMM(initial_N, transition, emission, batch.lengths)
     return HMM(initial_N, transition, emission, batch.lengths)

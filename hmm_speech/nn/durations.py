@@ -69,7 +69,7 @@ class SemiMarkovChain:
     """
 
     def __init__(self, parts: Durations, initial_N: Tensor, emission_BTN: Tensor, lengths_B: Tensor) -> None:
-        self.num_states, self.lengths, self.emission = len(initial_N), lengths_B, emission_BTN
+        self.num_states, self.lengths = len(initial_N), lengths_B
         ends_here_N = torch.full_like(initial_N, -torch.inf)
         self.segments = SemiMarkovHMM(
             torch.cat([initial_N, initial_N]),
@@ -89,14 +89,9 @@ class SemiMarkovChain:
         score, states_BT, _ = self.segments.viterbi()
         return Viterbi(score, torch.where(states_BT < 0, -1, states_BT % self.num_states))
 
-    def marginals(self) -> Tensor:
-        """(B, T, N) posteriors of each frame's state, 0 past the end."""
-        here, last = self.segments.marginals().chunk(2, -1)
-        return here + last
-
 
 class SemiMarkovTransition(nn.Module):
-    """An explicit-duration model (Ferguson 1980; Yu 2010, "Hidden semi-Markov models", section 2): :class:`Durations`.
+    """An explicit-duration model (Ferguson 1980; Yu 2010, "Hidden semi-Markov models"): :class:`Durations`.
 
     Which state follows comes from :class:`StateScores`, or from a table that exact EM can train; durations from a table
     (N, D), log softmax over ``shortest`` .. ``longest`` frames.

@@ -16,11 +16,11 @@ from hmm_speech.nn.blocks import LogTable, StateNetwork
 from hmm_speech.nn.products import log_matmul_exp
 from hmm_speech.nn.topology import AnyTopology
 
-MOST_STATES = 4096  # of an exact best path, which takes N^2 a frame and an (N, N) of 67 MB
+MOST_STATES = 2048  # of an exact best path, which takes N^2 a frame
 
 
 class LowRankTransition(nn.Module):
-    """log sum_r softmax_r(l_i)[r] softmax_j(k_r)[j] (Chiu et al. 2021, arXiv:2201.02715, section 3).
+    """log sum_r softmax_r(l_i)[r] softmax_j(k_r)[j] (Chiu et al. 2021, arXiv:2201.02715).
 
     Both factors are tables, which exact EM can train, or two maps of one network over state embeddings: l = U n_z,
     k = (W n_z)^T. Memory and time are N R; no (N, N) arises in training.

@@ -1,14 +1,17 @@
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from hmm_speech.data.batching import Batch
 from hmm_speech.data.synthetic import sample_corpus
+from hmm_speech.errors import UserError
 from hmm_speech.hmm import HMM
 from hmm_speech.module import SpeechHMM
 from hmm_speech.nn import Topology
-from hmm_speech.nn.initialise import cluster_tables, cluster_units, em_tables, fit_tables, initialise
+from hmm_speech.nn.initialise import class_tables, cluster_tables, cluster_units, em_tables, fit_tables, initialise
 
 TRAIN = [utterance.units for utterance in sample_corpus(seed=1).split("train")]
 V = 20
@@ -82,3 +85,39 @@ def test_tables_are_taken_over_and_nothing_depends_on_the_generator() -> None:
         initialise(module, TRAIN, iterations=1, steps=5, lr=5e-3)
         found.append(module.state_dict())
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
+@pytest.mark.parametrize(("labels", "rank"), [(60, 40), (33, 24), (8, 5)])
+@pytest.mark.parametrize("dim", [None, 32])
+def test_transitions_through_classes_start_from_the_bigram(labels: int, rank: int, dim: int | None) -> None:
+    torch.manual_seed(0)
+    module = SpeechHMM(
+        V,
+        {"labels": labels},
+        {"_target_": "hmm_speech.nn.InitialTable"},
+        {"_target_": "hmm_speech.nn.LowRankTransition", "rank": rank, "dim": dim, "blocks": 1, "dropout": 0.0},
+        {"_target_": "hmm_speech.nn.EmissionTable"},
+    )
+
+    def nats() -> float:
+        rows = [torch.as_tensor(units).long()[None] for units in TRAIN]
+        batches = [Batch(row, torch.tensor([row.shape[1]]), torch.zeros(1)) for row in rows]
+        with torch.no_grad():
+            return -float(torch.cat([module(batch).log_partition() for batch in batches]).sum())
+
+    before = nats()
+    initialise(module, TRAIN, iterations=0, steps=200, lr=1e-2)
+    for table in class_tables(TRAIN, V, labels, rank):
+        torch.testing.assert_close(table.exp().sum(-1), torch.ones(table.shape[0]))
+    frames = sum(map(len, TRAIN))
+    assert before / frames > 2.9  # unigram: 2.50 nats, bigram: 2.23
+    # fewer classes than units know less of what follows
+    assert nats() / frames < (2.4 if rank >= V else 2.7)
+
+
+def test_many_states_without_classes_are_refused() -> None:
+    module = SimpleNamespace(
+        topology=Topology(5000), transition=None, emission=SimpleNamespace(vocabulary=V), initial=None
+    )
+    with pytest.raises(UserError, match=r"callbacks\.initialise=null"):
+        initialise(module, TRAIN, iterations=0, steps=1, lr=1e-2)

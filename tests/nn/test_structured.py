@@ -19,6 +19,7 @@ from hmm_speech.nn import (
     LowRankTransition,
     SemiMarkovTransition,
     Topology,
+    cloned,
     low_rank,
 )
 from hmm_speech.nn.composition import Composition, compose
@@ -40,9 +41,10 @@ def parts(name: str) -> Composition:
         "semi_markov": lambda: SemiMarkovTransition(FULL, 2, 4, **NETWORK),
         "semi_markov_tables": lambda: SemiMarkovTransition(FULL, longest=3, dim=None),
         "cloned": lambda: ClonedTransition(CLONES, 0.5, **NETWORK),
+        "cloned_low_rank": lambda: LowRankTransition(CLONES, rank=3, **NETWORK),
     }[name]()
-    topology = CLONES if name == "cloned" else FULL
-    emission = ClonedEmission(CLONES, V) if name == "cloned" else EmissionTable(FULL, V)
+    topology = CLONES if "cloned" in name else FULL
+    emission = ClonedEmission(CLONES, V) if "cloned" in name else EmissionTable(FULL, V)
     initial = InitialTable(topology)
     for table in (initial, getattr(emission, "table", None)):
         if table is not None:
@@ -50,7 +52,8 @@ def parts(name: str) -> Composition:
     return Composition(topology, initial, made, emission, None)
 
 
-NAMES = ("low_rank", "low_rank_tables", "banded", "near_diagonal", "semi_markov", "semi_markov_tables", "cloned")
+PLAIN = ("low_rank", "low_rank_tables", "banded", "near_diagonal", "cloned", "cloned_low_rank")
+NAMES = (*PLAIN, "semi_markov", "semi_markov_tables")
 
 
 def every_sequence(time: int) -> Batch:
@@ -68,7 +71,7 @@ def test_all_sequences_of_a_length_have_probability_one(name: str, training: boo
         torch.testing.assert_close(total, torch.tensor(1.0), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["low_rank", "low_rank_tables", "banded", "near_diagonal", "cloned"])
+@pytest.mark.parametrize("name", PLAIN)
 def test_the_chain_is_that_of_the_dense_matrix(name: str) -> None:
     model = parts(name)
     model.transition.eval()
@@ -180,6 +183,23 @@ def test_state_dropout_keeps_a_part_of_each_units_clones_and_normalises_over_it(
     dense = HMM(model.initial()[active].log_softmax(-1), scores, emission, batch.lengths)
     torch.testing.assert_close(found.log_partition(), dense.log_partition())
     assert torch.equal(found.viterbi().states, active[dense.viterbi().states])
+
+
+def test_products_are_the_same_in_small_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = parts("cloned"), every_sequence(4)
+    model.transition.eval()
+    made, results = [], []
+    matmul = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda x, y: made.append(x.shape) or matmul(x, y))
+    for numbers in (cloned.NUMBERS, 1):
+        monkeypatch.setattr(cloned, "NUMBERS", numbers)
+        made.clear()
+        z = compose(model, batch).log_partition()
+        frames = {shape[1] for shape in made}
+        assert frames == ({3} if numbers > 1 else {1})  # arcs at a time, of 4 frames
+        results.append((z.detach(), torch.autograd.grad(z.sum(), list(model.transition.parameters()))))
+    for whole, portion in zip((results[0][0], *results[0][1]), (results[1][0], *results[1][1]), strict=True):
+        torch.testing.assert_close(whole, portion, rtol=1e-4, atol=1e-4)
 
 
 def test_durations_are_those_of_the_table() -> None:

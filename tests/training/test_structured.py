@@ -54,7 +54,7 @@ def test_structured_transitions_train_and_their_checkpoints_serve(name: str, tmp
         ((*FULL, "transition=cloned"), "transition=cloned needs topology=cloned"),
         (("topology=cloned", "topology.states=60", "emission=cloned", "transition=semi_markov"), "emission="),
         ((*FULL, "transition=semi_markov", "objective=semi_supervised"), "objective=semi_supervised needs a chain"),
-        ((*FULL, "transition=semi_markov", "objective.entropy=1"), "objective.entropy needs a chain"),
+        ((*FULL, "transition=semi_markov", "objective=annealed"), "objective=annealed needs a chain"),
         ((*FULL, "transition=semi_markov", "objective.stickiness=1"), "objective.stickiness needs a transition matrix"),
         (("topology=cloned", "topology.states=1100", "emission=cloned", "transition=cloned"), "initialise=null"),
     ],
