@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hmm_speech.errors import UserError
-from hmm_speech.nn.topology import Topology
+from hmm_speech.nn.topology import AnyTopology
 
 
 class FrameEmission(nn.Module):
@@ -19,7 +19,7 @@ class FrameEmission(nn.Module):
     observes = "frames"
     uses_context = False
 
-    def __init__(self, topology: Topology, dimension: int) -> None:
+    def __init__(self, topology: AnyTopology, dimension: int) -> None:
         super().__init__()
         self.num_states, self.dimension = topology.num_states, dimension
 

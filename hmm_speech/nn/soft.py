@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from hmm_speech.errors import UserError
 from hmm_speech.nn.blocks import LogTable
 from hmm_speech.nn.frames import FrameEmission
-from hmm_speech.nn.topology import Topology
+from hmm_speech.nn.topology import AnyTopology
 
 _TOLERANCE = 1e-3  # of a distribution's sum: what rounding to half precision may leave
 
@@ -29,7 +29,7 @@ class SoftEmission(FrameEmission):
         UserError: frames that are no distributions.
     """
 
-    def __init__(self, topology: Topology, dimension: int) -> None:
+    def __init__(self, topology: AnyTopology, dimension: int) -> None:
         super().__init__(topology, dimension)
         self.table = LogTable(self.num_states, dimension)
 
@@ -68,15 +68,17 @@ class ProductEmission(FrameEmission):
         UserError: there are not Q sizes, or a frame holds something else than an index into each codebook.
     """
 
-    def __init__(self, topology: Topology, dimension: int, codebooks: Sequence[int]) -> None:
+    def __init__(self, topology: AnyTopology, dimension: int, codebooks: Sequence[int] | None = None) -> None:
         super().__init__(topology, dimension)
-        sizes = list(codebooks)
-        if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
-            raise UserError(f"emission.codebooks is {sizes}; expected the size of each codebook")
+        sizes = list(codebooks or ())
+        if not sizes or not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
+            raise UserError(
+                f"emission.codebooks is {codebooks}; expected the size of each codebook: emission.codebooks=[1024,1024]"
+            )
         if len(sizes) != dimension:
             raise UserError(
                 f"emission.codebooks has {len(sizes)} sizes, but frames hold {dimension} numbers each; expected one "
-                "size a number (emission.codebooks=[1024,1024] for two codes)"
+                "size a number"
             )
         self.codebooks = sizes
         self.tables = nn.ModuleList(LogTable(self.num_states, size) for size in sizes)
