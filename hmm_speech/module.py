@@ -17,10 +17,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from hmm_speech.configuration import ALLOWED_TARGETS, instantiate
 from hmm_speech.data.batching import Batch
 from hmm_speech.hmm import HMM
-from hmm_speech.nn.blocks import LogTable
+from hmm_speech.nn.blocks import count
 from hmm_speech.nn.composition import Composition, build_composition, compose
 from hmm_speech.nn.topology import build_topology
-from hmm_speech.optim import EM
+from hmm_speech.optim import EM, Statistics
 
 LIKELIHOOD = {"_target_": "hmm_speech.objective.Likelihood"}
 
@@ -84,12 +84,18 @@ class SpeechHMM(LightningModule):
         self.objective = instantiate(
             objective or LIKELIHOOD, parts, kind=nn.Module, allowed=self.allowed, where="objective"
         )
+        count(self, self.trained_by_em)  # here, since it decides which parameters DDP waits for
         self.test_result: TestResult | None = None
         self._tested: list[tuple[float, dict[int, np.ndarray]]] = []
 
     def forward(self, batch: Batch) -> HMM:
         """The HMM of a batch of utterances: its paths are scored by log p(states, observations)."""
         return compose(Composition(self.topology, self.initial, self.transition, self.emission, self.context), batch)
+
+    @property
+    def trained_by_em(self) -> bool:
+        """Whether gradients are to be expected counts, and an M-step follows."""
+        return (self.hparams.optimizer or {}).get("_target_") in (f"{EM.__module__}.EM", "hmm_speech.optim.EM")
 
     @property
     def progress(self) -> float:
@@ -102,8 +108,8 @@ class SpeechHMM(LightningModule):
         return self.hparams.frames_per_batch * self.trainer.num_training_batches * self.trainer.world_size
 
     def num_parameters(self) -> int:
-        """Trainable numbers; forbidden entries of tables are none."""
-        return sum(int(p.detach().isfinite().sum()) for p in self.parameters() if p.requires_grad)
+        """Trainable numbers; forbidden entries of tables are none, nor is what carries statistics to EM."""
+        return sum(int(p.detach().isfinite().sum()) for p in self.parameters() if not isinstance(p, Statistics))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         # Loaders draw from the same generator, and not equally often in a resumed run: so start anew for every batch.
@@ -160,14 +166,10 @@ class SpeechHMM(LightningModule):
     def configure_optimizers(self) -> Any:
         config = dict(self.hparams.optimizer or {})
         schedule = config.pop("schedule", None)
-        counting = config.get("_target_") in (f"{EM.__module__}.EM", "hmm_speech.optim.EM")
         extra: dict[str, Any] = {}
-        if counting:  # what turns gradients of the loss back into counts of frames
+        if self.trained_by_em:  # what turns gradients of the loss back into counts of frames
             steps = self.trainer.accumulate_grad_batches * self.trainer.world_size
             extra["scale"] = self.hparams.frames_per_batch * math.log(2) * steps
-        for module in self.modules():
-            if isinstance(module, LogTable):
-                module.counting = counting
         parameters = [p for p in self.parameters() if p.requires_grad]
         optimizer = instantiate(config, parameters, kind=Optimizer, allowed=self.allowed, where="optimizer", **extra)
         if schedule is None:

@@ -9,6 +9,7 @@ import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from hmm_speech.configuration import CLONE
 from hmm_speech.data.batching import Batch, BucketBatchSampler, collate
 from hmm_speech.data.splits import hashed_share
 from hmm_speech.data.synthetic import sample_corpus
@@ -59,8 +60,12 @@ class UnitDataModule(LightningDataModule):
         return str(self.path)
 
     def read(self) -> UnitCorpus:
-        """The corpus; a subclass may take it from elsewhere."""
-        return read_units(Path(self.path).expanduser())
+        """The corpus; a subclass may take it from elsewhere. What lies in outputs/NAME, the recipe of that name makes."""
+        path = Path(self.path).expanduser()
+        script = CLONE / "recipes" / path.parent.name / "prepare.py"
+        if not path.exists() and path.parent == CLONE / "outputs" / path.parent.name and script.exists():
+            raise UserError(f"{path}: no such file; `python {script.relative_to(CLONE)}` makes it (in {CLONE})")
+        return read_units(path)
 
     @property
     def train_units(self) -> list[np.ndarray]:
@@ -143,7 +148,7 @@ class SyntheticDataModule(UnitDataModule):
     """A corpus sampled from a random HMM: for tests and debugging, with no file.
 
     Args:
-        utterances, frames, vocabulary, labels: see :func:`sample_corpus`.
+        utterances, frames, vocabulary, labels, numbers: see :func:`sample_corpus`.
         path: not used; there so that ``data.path`` is a key of every dataset.
     """
 
@@ -157,10 +162,11 @@ class SyntheticDataModule(UnitDataModule):
         frames: int = 80,
         vocabulary: int = 20,
         labels: int = 8,
+        numbers: int = 0,
         phones: float = 0.0,
     ) -> None:
         super().__init__(path, batch_size, num_workers, seed, phones)
-        self.sizes = (utterances, frames, vocabulary, labels)
+        self.sizes = (utterances, frames, vocabulary, labels, numbers)
 
     @property
     def source(self) -> str:

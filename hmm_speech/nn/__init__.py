@@ -16,7 +16,10 @@ from hmm_speech.nn.contextual import (
 )
 from hmm_speech.nn.drift import Drift
 from hmm_speech.nn.emission import CategoricalEmission, ClonedEmission, EmissionNetwork, EmissionTable
+from hmm_speech.nn.frames import FrameEmission
+from hmm_speech.nn.gaussian import GaussianEmission
 from hmm_speech.nn.initial import InitialTable
+from hmm_speech.nn.soft import ProductEmission, SoftEmission
 from hmm_speech.nn.topology import ClonedTopology, Topology
 from hmm_speech.nn.transition import TransitionNetwork, TransitionTable
 
@@ -31,12 +34,16 @@ __all__ = [
     "Drift",
     "EmissionNetwork",
     "EmissionTable",
+    "FrameEmission",
     "FullContextualTransition",
     "GRUContext",
+    "GaussianEmission",
     "IndependentTransition",
     "InitialTable",
     "LSTMContext",
     "LastUnits",
+    "ProductEmission",
+    "SoftEmission",
     "Topology",
     "TransformerContext",
     "TransitionNetwork",

@@ -34,6 +34,13 @@ class LogTable(nn.Module):
         self.logits.copy_(log_probs)
 
 
+def count(module: nn.Module, value: bool) -> None:
+    """Have every table and every exponential family in a module give their gradients as expected counts, or not."""
+    for part in module.modules():
+        if hasattr(part, "counting"):
+            part.counting = value
+
+
 class StateEmbedding(nn.Module):
     """(N, dim): the sum of two vectors, of a state's label (or unit) and of its substate (or clone), from N(0, std^2).
 

@@ -85,17 +85,29 @@ def cluster_tables(
     np.fill_diagonal(exits, 0)
     share = own.sum(1) * (member * unigram).sum(1)
     exits = (1 - FLOOR) * _normalise(exits + 1e-3) + FLOOR * share / share.sum()
-    num_states = topology.num_states
-    states = np.arange(num_states)
+    starts, transition = chain_probabilities(share, exits, topology)
+    tables = (starts, transition, _normalise(emission.reshape(topology.num_states, vocabulary)))
+    return tuple(log_table(table) for table in tables)
+
+
+def chain_probabilities(share: np.ndarray, exits: np.ndarray, topology: Topology) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) and (N, N) probabilities: a label starts by its share, every state stays by STAY, a chain's end leaves by
+    exits (labels, labels)."""
+    substates = topology.substates
+    states = np.arange(topology.num_states)
     last, first = states[substates - 1 :: substates], states[::substates]
     inner = np.setdiff1d(states, last)
-    transition = STAY * np.eye(num_states)
+    transition = STAY * np.eye(topology.num_states)
     transition[inner, inner + 1] = 1 - STAY
     transition[np.ix_(last, first)] += (1 - STAY) * exits
     starts = np.where(topology.starts().numpy(), np.repeat(share, substates), 0.0)
-    tables = (starts / starts.sum(), _normalise(transition), emission.reshape(num_states, vocabulary))
+    return starts / starts.sum(), _normalise(transition)
+
+
+def log_table(table: np.ndarray) -> Tensor:
+    """Logarithms of probabilities, float32; of 0, -inf."""
     with np.errstate(divide="ignore"):
-        return tuple(torch.from_numpy(np.log(_normalise(table))).float() for table in tables)
+        return torch.from_numpy(np.log(table)).float()
 
 
 def bigram_tables(sequences: Sequence[np.ndarray], topology: ClonedTopology) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,5 @@
 """Optimizers that torch does not have."""
 
-from hmm_speech.optim.em import EM
+from hmm_speech.optim.em import EM, Statistics
 
-__all__ = ["EM"]
+__all__ = ["EM", "Statistics"]

@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hmm_speech.errors import UserError
 
 _TOLERANCE = 1e-3
+
+
+class Statistics(nn.Parameter):
+    """A shift of natural parameters that is always 0, so that its gradient is minus the expected sufficient statistics.
+
+    What a table of log-probabilities is to :class:`EM`, for any exponential family p(x | z) = exp(eta . t(x) - A(eta)):
+    d log p(x) / d eta = sum_z p(z | x) t(x). A part that is used with eta + statistics is given them by the M-step.
+
+    Args:
+        size: how many numbers, in one row.
+        maximise: called by EM with (expected statistics, pseudocount, lr); sets the part's own parameters.
+    """
+
+    maximise: Callable[[Tensor, float, float], None]
+
+    def __new__(cls, size: int, maximise: Callable[[Tensor, float, float], None]) -> Statistics:
+        found = super().__new__(cls, torch.zeros(size), requires_grad=False)
+        found.maximise = maximise
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Statistics:
+        found = Statistics(len(self), copy.deepcopy(self.maximise, memo))  # of the copied part, not of this one
+        found.data = self.data.clone()
+        return found.requires_grad_(self.requires_grad)
 
 
 class EM(Optimizer):
@@ -32,10 +59,11 @@ class EM(Optimizer):
     Counts add up over accumulated batches, and DDP's average is their sum but for a constant, so automatic
     optimisation, gradient accumulation and checkpoints work as with any optimizer. One step after all batches is
     EM; the likelihood never falls (with a pseudocount, the likelihood times its Dirichlet prior). Entries of -inf
-    have no counts and stay; a distribution that was never used keeps its values.
+    have no counts and stay; a distribution that was never used keeps its values. What is no table, such as a Gaussian,
+    gives its :class:`Statistics` instead and has an M-step of its own.
 
     Args:
-        params: tables of log-probabilities, or parameter groups of them.
+        params: tables of log-probabilities and statistics, or parameter groups of them.
         pseudocount: added to each count of an entry that is not -inf; in frames.
         scale: what the gradients must be multiplied with to be minus the counts, in frames: the loss' divisor.
             Matters only together with a pseudocount.
@@ -53,7 +81,8 @@ class EM(Optimizer):
         super().__init__(params, {"lr": lr, "pseudocount": pseudocount, "scale": scale})
         for group in self.param_groups:
             for parameter in group["params"]:
-                _check_table(parameter)
+                if not isinstance(parameter, Statistics):
+                    _check_table(parameter)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -64,8 +93,11 @@ class EM(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    _maximise(parameter, group["scale"], group["pseudocount"], group["lr"])
+                if parameter.grad is None:
+                    continue
+                counts = parameter.grad * -group["scale"]
+                update = parameter.maximise if isinstance(parameter, Statistics) else partial(_maximise, parameter)
+                update(counts, group["pseudocount"], group["lr"])
         return loss
 
 
@@ -74,13 +106,12 @@ def _check_table(parameter: Tensor) -> None:
     if not torch.all(total.abs() < _TOLERANCE):
         raise UserError(
             f"EM trains tables of log-probabilities, but a parameter of shape {tuple(parameter.shape)} is none: its "
-            "last dimension does not sum to 1. Use emission=table transition=table initial=table with optimizer=em, "
-            "or a gradient optimizer (optimizer=adamw)"
+            "last dimension does not sum to 1. Use emission=table (or gaussian, soft, product) transition=table initial=table "
+            "with optimizer=em, or a gradient optimizer (optimizer=adamw)"
         )
 
 
-def _maximise(parameter: Tensor, scale: float, pseudocount: float, lr: float) -> None:
-    counts = parameter.grad * -scale
+def _maximise(parameter: Tensor, counts: Tensor, pseudocount: float, lr: float) -> None:
     if counts.min() < -_TOLERANCE * counts.abs().max():
         raise UserError(
             f"EM: the gradient of a parameter of shape {tuple(parameter.shape)} has both signs, so it is not made of "
