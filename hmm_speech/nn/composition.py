@@ -90,17 +90,38 @@ def observed(part: nn.Module, batch: Any) -> Tensor:
     return batch.frames if reads_frames(part) else batch.units
 
 
-def compose(model: Composition, batch: Any) -> HMM:
-    """The HMM of a batch: paths are scored by log p(states, observations)."""
+class Scores(NamedTuple):
+    """What the parts say of a batch, before they are put together."""
+
+    initial_N: Tensor
+    """Log-probabilities."""
+    transition: Any
+    """As the transition gave it: (N, N) log-probabilities, a structure, or a :class:`Drift`."""
+    emission: Tensor | Active
+    """(B, T, N) log-probabilities or densities, or an ``Active``."""
+
+
+def score_parts(model: Any, batch: Any) -> Scores:
+    """What each part of a :class:`Composition`, or of what has the same parts, says of a batch."""
     context_BTH = None if model.context is None else model.context(observed(model.context, batch))
     transition = model.transition(context_BTH) if uses_context(model.transition) else model.transition()
     what = observed(model.emission, batch)
     emission = model.emission(what, context_BTH) if uses_context(model.emission) else model.emission(what)
-    initial_N = model.initial()
+    return Scores(model.initial(), transition, emission)
+
+
+def compose(model: Any, batch: Any) -> HMM:
+    """The HMM of a batch: paths are scored by log p(states, observations)."""
+    return assemble(score_parts(model, batch), batch.lengths)
+
+
+def assemble(scores: Scores, lengths_B: Tensor) -> HMM:
+    """The HMM of what the parts say."""
+    initial_N, transition, emission = scores
     if isinstance(transition, Drift):
-        emission = _add(emission, transition.potential(initial_N, batch.lengths))
+        emission = _add(emission, transition.potential(initial_N, lengths_B))
         transition = transition.matrix_NN
-    return HMM(initial_N, transition, emission, batch.lengths)
+    return HMM(initial_N, transition, emission, lengths_B)
 
 
 def _add(emission: Tensor | Active, potential_BTN: Tensor) -> Tensor | Active:

@@ -1,5 +1,7 @@
-"""What training minimises: the negative log-likelihood, and what else is asked of a model."""
+"""What training minimises: the negative log-likelihood, bounds on it, and what else is asked of a model."""
 
+from hmm_speech.objective.co_training import CoTraining
 from hmm_speech.objective.likelihood import Likelihood, SemiSupervised, Viterbi
+from hmm_speech.objective.vq_apc import VQAPC
 
-__all__ = ["Likelihood", "SemiSupervised", "Viterbi"]
+__all__ = ["VQAPC", "CoTraining", "Likelihood", "SemiSupervised", "Viterbi"]
