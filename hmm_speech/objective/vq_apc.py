@@ -56,6 +56,6 @@ class VQAPC(nn.Module):
 
 
 def code_log_probs(initial_N: Tensor, drift_BTN: Tensor) -> Tensor:
-    """(B, T, N) log p(z_t | h_t) of an independent transition: its scores, and for the first frame the initial's too."""
+    """(B, T, N) log p(z_t | h_t) of independent transitions: their scores, and the initial's at the first frame."""
     first_B1N = initial_N + drift_BTN[:, :1]
     return torch.cat([first_B1N, drift_BTN[:, 1:]], 1).log_softmax(-1)

@@ -14,11 +14,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import outcome
 
 from hmm_speech.configuration import CLONE, instantiate
@@ -49,8 +48,9 @@ def finished_run(folder: Path, overrides: Sequence[str], train: Train) -> float:
     """
     record, last = folder / "overrides.json", folder / "checkpoints" / "last.ckpt"
     if record.exists():
-        if (before := json.loads(record.read_text(encoding="utf-8"))) != list(overrides):
-            raise UserError(f"{folder}: was trained with {before}, now {list(overrides)} are wanted; give another --out")
+        before = json.loads(record.read_text(encoding="utf-8"))
+        if before != list(overrides):
+            raise UserError(f"{folder}: was trained with {before}, not {list(overrides)}; give another --out")
     else:
         write_json(record, list(overrides))
     if (folder / "metrics.json").exists():

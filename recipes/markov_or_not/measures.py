@@ -60,7 +60,7 @@ def views(model: SpeechHMM, utterances: Sequence[Utterance]) -> Views:
 
 
 def evaluate(model: SpeechHMM, corpus: UnitCorpus) -> dict[str, dict[str, float]]:
-    """``{"model": measures}`` on the test split; for VQ-APC also ``"past codes"``, what its codes from h_t alone are."""
+    """``{"model": measures}`` on the test split; for VQ-APC also ``"past codes"``, from h_t alone."""
     train, test = (views(model, corpus.split(split)) for split in ("train", "test"))
     targets = [frame_targets(corpus, split) for split in ("train", "test")]
     rows = {
@@ -93,9 +93,7 @@ def baseline(corpus: UnitCorpus, labels: int, seed: int) -> dict[str, float]:
 def frame_targets(corpus: UnitCorpus, split: str) -> list[np.ndarray]:
     """(T,) the number of each frame's phone, -1 outside phones, for each utterance of a split."""
     inventory = phone_inventory([utterance.phones for utterance in corpus.utterances])
-    return [
-        frame_phones(u.phones or [], len(u.units), corpus.frame_rate, inventory, u.id) for u in corpus.split(split)
-    ]
+    return [frame_phones(u.phones or [], len(u.units), corpus.frame_rate, inventory, u.id) for u in corpus.split(split)]
 
 
 def probe(

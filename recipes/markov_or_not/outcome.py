@@ -97,8 +97,8 @@ def verdict(rows: Sequence[Row]) -> str:
     hops = sorted({row.hop for row in rows if row.hop is not None})
     lines = []
     for key in CLAIM:
-        parts = [_against(rows, other, hops, key) for other in ("independent", "vq_apc")]
-        lines.append(f"- {MEASURES[key].title}: {'; '.join(part for part in [*parts, _trend(rows, hops, key)] if part)}.")
+        parts = [*(_against(rows, other, hops, key) for other in ("independent", "vq_apc")), _trend(rows, hops, key)]
+        lines.append(f"- {MEASURES[key].title}: {'; '.join(filter(None, parts)) or 'nothing to compare'}.")
     return "\n".join(lines) + "\n"
 
 

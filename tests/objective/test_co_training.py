@@ -113,7 +113,7 @@ def test_distances_to_codes_are_the_posterior_where_all_codes_are_as_frequent() 
     model.transition.bias.zero_()
     model.initial.logits.zero_()
     q = CoTraining(model).guess(model, batch, model.emission(batch.frames))
-    torch.testing.assert_close(q, (-torch.cdist(batch.frames, model.emission.mean) ** 2 / 2).log_softmax(-1))
+    torch.testing.assert_close(q, (-(torch.cdist(batch.frames, model.emission.mean) ** 2) / 2).log_softmax(-1))
     exact = -compose(model, batch).log_partition()
     torch.testing.assert_close(CoTraining(model)(model, batch), exact, rtol=1e-5, atol=1e-5)
 

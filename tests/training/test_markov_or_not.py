@@ -121,17 +121,19 @@ def test_views_are_what_the_model_knows_at_each_frame(hop: int, tmp_path: Path) 
         assert changed.tolist() == [t >= time // 2 for t in range(time)]
         scores = model.transition(context[None]).drift_BTN[0]
         assert found.past_codes[k].tolist() == scores[hop:].argmax(-1).tolist()  # past the first frame: no initial
-    total = sum(float(model(collate([(0, u)])).log_partition()) for u in utterances)
+    with torch.no_grad():
+        total = sum(float(model(collate([(0, u)])).log_partition()) for u in utterances)
     assert found.nats == pytest.approx(-total, rel=1e-5)
 
 
 def test_a_linear_probe_tells_what_is_linear_and_no_more() -> None:
     generator = np.random.default_rng(0)
     targets = [generator.integers(3, size=200) for _ in range(4)]
-    shown = [np.eye(3)[y] @ generator.standard_normal((3, 5)) for y in targets[:1]]
     mixing = generator.standard_normal((3, 5))
     shown = [np.eye(3)[y] @ mixing + 0.01 * generator.standard_normal((200, 5)) for y in targets]
-    targets[3][:50] = -1  # frames outside phones are neither learned from nor scored
+    for k in (1, 3):  # most frames of one phone lie outside phones: neither learned from nor scored
+        targets[k] = np.where((targets[k] == 2) & (np.arange(200) > 20), -1, targets[k])
+    targets[0] = np.where(targets[0] == 2, -1, targets[0])
     assert measures.probe(shown[:2], shown[2:], targets[:2], targets[2:]) == 1.0
     noise = [generator.standard_normal((200, 5)) for _ in targets]
     assert measures.probe(noise[:2], noise[2:], targets[:2], targets[2:]) < 0.5
@@ -155,7 +157,7 @@ def test_the_verdict_says_what_the_numbers_say() -> None:
     told = outcome.verdict(
         [
             *rows("markov", 1, (0.5, 0.6)), *rows("independent", 1, (0.3, 0.4)), *rows("vq_apc", 1, (0.7, 0.8)),
-            *rows("markov", 2, (0.7, 0.7)), *rows("independent", 2, (0.6, 0.8)), *rows("vq_apc", 2, (0.1, 0.1)),
+            *rows("markov", 2, (0.7, 0.9)), *rows("independent", 2, (0.6, 0.8)), *rows("vq_apc", 2, (0.1, 0.1)),
         ]
     )  # fmt: skip
     line = next(line for line in told.splitlines() if line.startswith("- F1"))
