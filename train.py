@@ -30,28 +30,13 @@ def train(config: dict, run: Path) -> None:
     from hmm_speech.callbacks import AtomicCheckpointIO
     from hmm_speech.checkpoint import check_resume
     from hmm_speech.module import SpeechHMM
-    from hmm_speech.nn.topology import resolve_topology
     from hmm_speech.report import announce, quiet, report_run, resumable, save_config
 
     quiet()
     seed_everything(config["seed"], workers=True)
 
     data = instantiate(config["data"], kind=LightningDataModule, allowed=allowed, where="data")
-    module = SpeechHMM(
-        vocabulary=data.corpus.vocabulary,
-        dimension=data.dimension,
-        topology=resolve_topology(config["topology"], data.train_units, data.corpus.vocabulary),
-        initial=config["initial"],
-        transition=config["transition"],
-        emission=config["emission"],
-        context=config.get("context"),
-        objective=config["objective"],
-        optimizer=config["optimizer"],
-        frames_per_batch=data.frames_per_batch,
-        seed=config["seed"],
-        quantizer=data.corpus.made.get("quantizer"),
-        allowed=allowed,
-    )
+    module = SpeechHMM.from_config(config, data, allowed)
     if config["ckpt_path"] is not None:
         check_resume(config["ckpt_path"], module)  # so that a wrong file is told now
     callbacks = instantiate_all(config["callbacks"], kind=Callback, allowed=allowed, where="callbacks")

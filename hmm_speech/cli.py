@@ -170,8 +170,16 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Two small rows, in seconds.")] = False,
     out: Annotated[Optional[Path], typer.Option(help="Write the rows as JSON, too.")] = None,  # noqa: UP045
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    train: Annotated[bool, typer.Option("--train", help="The layer's share of a training step, by preset.")] = False,
+    steps: Annotated[int, typer.Option(help="Training steps that --train measures.")] = 10,
 ) -> None:
     """Time the layer beside plain-torch loops, in one process, and print the ratios."""
+    if train:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own messages; read when torch is imported
+        from hmm_speech.benchmark.training import bench_training
+
+        bench_training(threads, steps, out)
+        return
     from hmm_speech.benchmark import bench as run
 
     run(threads, batch, seconds, quick, out, device)

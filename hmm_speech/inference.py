@@ -14,6 +14,7 @@ import torch
 from hmm_speech.data.textgrid import write_textgrid
 from hmm_speech.data.unitfile import Phone, UnitCorpus, Utterance, atomic_path, read_units
 from hmm_speech.errors import UserError
+from hmm_speech.nn.composition import reads_frames
 
 if TYPE_CHECKING:
     from hmm_speech.module import SpeechHMM
@@ -39,9 +40,14 @@ def read_corpus(module: SpeechHMM, path: str | PathLike[str]) -> UnitCorpus:
     """A unit file for a model.
 
     Raises:
-        UserError: its units are not those that the model was trained on.
+        UserError: its units are not those that the model was trained on, or the model reads frames that it lacks.
     """
     corpus = read_units(path)
+    parts = [part for part in (module.emission, module.context) if part is not None]
+    if any(reads_frames(part) for part in parts):
+        check_frames(corpus, module.hparams.dimension, str(path))
+    if all(reads_frames(part) for part in parts):
+        return corpus
     vocabulary = module.hparams.vocabulary
     if corpus.vocabulary != vocabulary:
         raise UserError(
@@ -56,6 +62,18 @@ def read_corpus(module: SpeechHMM, path: str | PathLike[str]) -> UnitCorpus:
             "--quantizer)"
         )
     return corpus
+
+
+def check_frames(corpus: UnitCorpus, dimension: int, source: str) -> None:
+    """Raise a UserError where an utterance has no frames, or frames of another dimension."""
+    for utterance in corpus.utterances:
+        width = None if utterance.frames is None else utterance.frames.shape[1]
+        if width != dimension:
+            found = "no frames" if width is None else f"frames of {width} numbers"
+            raise UserError(
+                f"{source}: utterance {utterance.id!r} has {found}, the model reads frames of {dimension}; make "
+                "the unit file with the features of the model's data (hmm-speech units --keep-frames)"
+            )
 
 
 def decode(module: SpeechHMM, utterances: Sequence[Utterance], batch_size: int = 16) -> Iterator[Decoded]:

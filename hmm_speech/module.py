@@ -17,9 +17,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from hmm_speech.configuration import ALLOWED_TARGETS, instantiate
 from hmm_speech.data.batching import Batch
 from hmm_speech.hmm import HMM
-from hmm_speech.nn.blocks import count
-from hmm_speech.nn.composition import Composition, build_composition, compose
-from hmm_speech.nn.topology import build_topology
+from hmm_speech.nn.blocks import count, with_priors
+from hmm_speech.nn.composition import PARTS, Chain, Composition, build_composition, compose
+from hmm_speech.nn.initialise import set_priors
+from hmm_speech.nn.topology import build_topology, resolve_topology
 from hmm_speech.optim import EM, Statistics
 
 LIKELIHOOD = {"_target_": "hmm_speech.objective.Likelihood"}
@@ -44,8 +45,8 @@ class SpeechHMM(LightningModule):
         vocabulary: number of units, V.
         topology: ``{labels, substates}`` or ``{clones}``, see :mod:`hmm_speech.nn.topology`.
         initial, transition, emission: ``{_target_, ...}`` of modules that give (N,), (N, N) (or a structure of
-            :mod:`hmm_speech.hmm`, or a :class:`~hmm_speech.nn.drift.Drift`) and, from units (B, T) or frames (B, T, D),
-            log-probabilities (B, T, N) (or an ``Active``).
+            :mod:`hmm_speech.hmm`, or :class:`~hmm_speech.nn.composition.Transitions`) and, from units (B, T) or frames
+            (B, T, D), log-probabilities (B, T, N) (or an ``Active``).
         context: ``{_target_, ...}`` of a causal network over the past, (B, T, H), or None.
         objective: ``{_target_, ...}`` of what training minimises; the negative log-likelihood by default.
         optimizer: ``{_target_, ..., schedule: {_target_, ...} or None}``; not needed for inference.
@@ -78,7 +79,7 @@ class SpeechHMM(LightningModule):
         super().__init__()
         self.save_hyperparameters(ignore=["allowed"], logger=False)
         self.allowed = tuple(allowed)
-        configs = {"initial": initial, "transition": transition, "emission": emission, "context": context}
+        configs = dict(zip(PARTS, (initial, transition, emission, context), strict=True))
         parts = build_composition(configs, build_topology(topology), vocabulary, dimension, self.allowed)
         self.topology, self.initial, self.transition, self.emission, self.context = parts
         self.objective = instantiate(
@@ -88,8 +89,22 @@ class SpeechHMM(LightningModule):
         self.test_result: TestResult | None = None
         self._tested: list[tuple[float, dict[int, np.ndarray]]] = []
 
-    def forward(self, batch: Batch) -> HMM:
-        """The HMM of a batch of utterances: its paths are scored by log p(states, observations)."""
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], data: Any, allowed: Sequence[str]) -> SpeechHMM:
+        """The model that a composed configuration and its data module (vocabulary, clones, dimension) describe."""
+        corpus = data.corpus
+        return cls(
+            vocabulary=corpus.vocabulary,
+            topology=resolve_topology(config["topology"], data.train_units, corpus.vocabulary),
+            **{part: config.get(part) for part in (*PARTS, "objective", "optimizer", "seed")},
+            dimension=data.dimension,
+            frames_per_batch=data.frames_per_batch,
+            quantizer=corpus.made.get("quantizer"),
+            allowed=allowed,
+        )
+
+    def forward(self, batch: Batch) -> HMM | Chain:
+        """The chain of a batch of utterances: its paths are scored by log p(states, observations)."""
         return compose(Composition(self.topology, self.initial, self.transition, self.emission, self.context), batch)
 
     @property
@@ -110,6 +125,10 @@ class SpeechHMM(LightningModule):
     def num_parameters(self) -> int:
         """Trainable numbers; forbidden entries of tables are none, nor is what carries statistics to EM."""
         return sum(int(p.detach().isfinite().sum()) for p in self.parameters() if not isinstance(p, Statistics))
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":  # in a resumed run, too: priors are not in the checkpoint
+            set_priors(self, self.trainer.datamodule.train_units)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         # Loaders draw from the same generator, and not equally often in a resumed run: so start anew for every batch.
@@ -167,10 +186,10 @@ class SpeechHMM(LightningModule):
         config = dict(self.hparams.optimizer or {})
         schedule = config.pop("schedule", None)
         extra: dict[str, Any] = {}
-        if self.trained_by_em:  # what turns gradients of the loss back into counts of frames
-            steps = self.trainer.accumulate_grad_batches * self.trainer.world_size
-            extra["scale"] = self.hparams.frames_per_batch * math.log(2) * steps
-        parameters = [p for p in self.parameters() if p.requires_grad]
+        parameters: list[Any] = [p for p in self.parameters() if p.requires_grad]
+        if self.trained_by_em:
+            extra["scale"] = math.log(2) * self._frames_a_step(bool(config.get("stepwise")))
+            parameters = [{"params": [p], "prior": prior} for p, prior in with_priors(self, parameters)]
         optimizer = instantiate(config, parameters, kind=Optimizer, allowed=self.allowed, where="optimizer", **extra)
         if schedule is None:
             return optimizer
@@ -179,3 +198,8 @@ class SpeechHMM(LightningModule):
             schedule, optimizer, kind=LRScheduler, allowed=self.allowed, where="optimizer.schedule", **total
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _frames_a_step(self, of_an_epoch: bool) -> float:
+        """What turns a gradient back into counts of the frames of a step, or of a whole epoch."""
+        frames = self.hparams.frames_per_batch * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return frames * self.trainer.estimated_stepping_batches / self.trainer.max_epochs if of_an_epoch else frames

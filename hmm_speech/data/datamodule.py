@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ class UnitDataModule(LightningDataModule):
         return str(self.path)
 
     def read(self) -> UnitCorpus:
-        """The corpus; a subclass may take it from elsewhere. What lies in outputs/NAME, the recipe of that name makes."""
+        """The corpus; a subclass may take it from elsewhere. What lies in outputs/NAME is made by that recipe."""
         path = Path(self.path).expanduser()
         script = CLONE / "recipes" / path.parent.name / "prepare.py"
         if not path.exists() and path.parent == CLONE / "outputs" / path.parent.name and script.exists():
@@ -133,6 +134,13 @@ class UnitDataModule(LightningDataModule):
         rows: list[tuple[int, Utterance]] = list(enumerate(utterances))
         together = functools.partial(collate, phones=self.shown_phones(split))
         return DataLoader(rows, batch_sampler=sampler, collate_fn=together, num_workers=self.num_workers)
+
+    def batches(self, split: str) -> Iterator[Batch]:
+        """All utterances of a split in this process, in padded batches of similar length."""
+        rows = list(enumerate(self.corpus.split(split)))
+        sampler = BucketBatchSampler([len(utterance.units) for _, utterance in rows], self.batch_size, split=split)
+        phones = self.shown_phones(split)
+        return (collate([rows[index] for index in indices], phones) for indices in sampler)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         return self.loader("train", shuffle=True)

@@ -1,5 +1,7 @@
 """Emission, transition and initial distributions as tables and networks; plain values in, log-probabilities out."""
 
+from hmm_speech.nn.banded import BandedTransition
+from hmm_speech.nn.cloned import ClonedTransition, Products
 from hmm_speech.nn.context import (
     Context,
     ConvolutionContext,
@@ -15,23 +17,28 @@ from hmm_speech.nn.contextual import (
     IndependentTransition,
 )
 from hmm_speech.nn.drift import Drift
+from hmm_speech.nn.durations import Durations, SemiMarkovTransition
 from hmm_speech.nn.emission import CategoricalEmission, ClonedEmission, EmissionNetwork, EmissionTable
 from hmm_speech.nn.frames import FrameEmission
 from hmm_speech.nn.gaussian import GaussianEmission
 from hmm_speech.nn.initial import InitialTable
+from hmm_speech.nn.low_rank import LowRankTransition
 from hmm_speech.nn.soft import ProductEmission, SoftEmission
 from hmm_speech.nn.topology import ClonedTopology, Topology
 from hmm_speech.nn.transition import TransitionNetwork, TransitionTable
 
 __all__ = [
+    "BandedTransition",
     "CategoricalEmission",
     "ClonedEmission",
     "ClonedTopology",
+    "ClonedTransition",
     "Context",
     "ContextualEmission",
     "ContextualTransition",
     "ConvolutionContext",
     "Drift",
+    "Durations",
     "EmissionNetwork",
     "EmissionTable",
     "FrameEmission",
@@ -42,7 +49,10 @@ __all__ = [
     "InitialTable",
     "LSTMContext",
     "LastUnits",
+    "LowRankTransition",
     "ProductEmission",
+    "Products",
+    "SemiMarkovTransition",
     "SoftEmission",
     "Topology",
     "TransformerContext",

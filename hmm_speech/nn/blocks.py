@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,6 +26,8 @@ class LogTable(nn.Module):
             logits = logits.masked_fill(~allowed, float("-inf"))
         self.logits = nn.Parameter(logits.log_softmax(-1))
         self.counting = False
+        self.register_buffer("prior", None, persistent=False)
+        """Probabilities of the same shape that MAP estimation draws the table to; None: all alike."""
 
     def forward(self) -> Tensor:
         return self.logits if self.counting else self.logits.log_softmax(-1)
@@ -39,6 +43,12 @@ def count(module: nn.Module, value: bool) -> None:
     for part in module.modules():
         if hasattr(part, "counting"):
             part.counting = value
+
+
+def with_priors(module: nn.Module, parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor | None]]:
+    """Each parameter with the prior of the table that it belongs to, if any."""
+    priors = {part.logits: part.prior for part in module.modules() if isinstance(part, LogTable)}
+    return [(parameter, priors.get(parameter)) for parameter in parameters]
 
 
 class StateEmbedding(nn.Module):

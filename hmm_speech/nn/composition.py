@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from hmm_speech.configuration import find_class, instantiate
 from hmm_speech.errors import UserError
-from hmm_speech.hmm import HMM, Active
-from hmm_speech.nn.drift import Drift
+from hmm_speech.hmm import HMM, Active, LowRank
+from hmm_speech.nn.low_rank import LowRankHMM
 from hmm_speech.nn.topology import AnyTopology
+
+PARTS = ("initial", "transition", "emission", "context")
+
+
+class Chain(Protocol):
+    """What a model makes of a batch: an :class:`hmm_speech.hmm.HMM`, or what answers the same questions."""
+
+    lengths: Tensor
+    """(B,) int64."""
+
+    def log_partition(self) -> Tensor:
+        """(B,) log p(observations)."""
+
+    def viterbi(self) -> tuple[Tensor, Tensor]:
+        """A best path: its ``score`` (B,) and its ``states`` (B, T) int64, -1 past the end."""
+
+
+class Transitions(Protocol):
+    """What a transition gives that is neither a matrix nor a structure of the layer, such as a ``Drift``."""
+
+    def chain(self, initial_N: Tensor, emission: Tensor | Active, lengths_B: Tensor) -> Chain:
+        """The chain of a batch, from log-probabilities and what the emission gave."""
+
+    def following(self, initial_N: Tensor, states_BT: Tensor) -> Tensor:
+        """(B, N) log p(next state | states so far), of which there may be none."""
 
 
 class Composition(NamedTuple):
@@ -22,7 +46,7 @@ class Composition(NamedTuple):
     initial: nn.Module
     """() -> (N,) log-probabilities."""
     transition: nn.Module
-    """(context,) or () -> (N, N) log-probabilities, a structure of :mod:`hmm_speech.hmm`, or a :class:`Drift`."""
+    """(context,) or () -> (N, N) log-probabilities, a structure of :mod:`hmm_speech.hmm`, or :class:`Transitions`."""
     emission: nn.Module
     """(observed, context) or (observed,) -> (B, T, N) log-probabilities or densities, or an ``Active``."""
     context: nn.Module | None
@@ -96,13 +120,22 @@ class Scores(NamedTuple):
     initial_N: Tensor
     """Log-probabilities."""
     transition: Any
-    """As the transition gave it: (N, N) log-probabilities, a structure, or a :class:`Drift`."""
+    """(N, N) log-probabilities, a structure of :mod:`hmm_speech.hmm`, or :class:`Transitions`."""
     emission: Tensor | Active
     """(B, T, N) log-probabilities or densities, or an ``Active``."""
 
+    def chain(self, lengths_B: Tensor) -> HMM | Chain:
+        """The chain of a batch: paths are scored by log p(states, observations)."""
+        initial_N, transition, emission = self
+        if hasattr(transition, "chain"):
+            return transition.chain(initial_N, emission, lengths_B)
+        if isinstance(transition, LowRank):
+            return LowRankHMM(initial_N, transition, emission, lengths_B)
+        return HMM(initial_N, transition, emission, lengths_B)
+
 
 def score_parts(model: Any, batch: Any) -> Scores:
-    """What each part of a :class:`Composition`, or of what has the same parts, says of a batch."""
+    """What each part of a :class:`Composition`, or of a module with the same parts, says of a batch."""
     context_BTH = None if model.context is None else model.context(observed(model.context, batch))
     transition = model.transition(context_BTH) if uses_context(model.transition) else model.transition()
     what = observed(model.emission, batch)
@@ -110,22 +143,6 @@ def score_parts(model: Any, batch: Any) -> Scores:
     return Scores(model.initial(), transition, emission)
 
 
-def compose(model: Any, batch: Any) -> HMM:
-    """The HMM of a batch: paths are scored by log p(states, observations)."""
-    return assemble(score_parts(model, batch), batch.lengths)
-
-
-def assemble(scores: Scores, lengths_B: Tensor) -> HMM:
-    """The HMM of what the parts say."""
-    initial_N, transition, emission = scores
-    if isinstance(transition, Drift):
-        emission = _add(emission, transition.potential(initial_N, lengths_B))
-        transition = transition.matrix_NN
-    return HMM(initial_N, transition, emission, lengths_B)
-
-
-def _add(emission: Tensor | Active, potential_BTN: Tensor) -> Tensor | Active:
-    if isinstance(emission, Active):
-        at = potential_BTN.gather(2, emission.states.clamp(min=0))
-        return Active(emission.states, emission.scores + torch.where(emission.states < 0, 0, at))
-    return emission + potential_BTN
+def compose(model: Any, batch: Any) -> HMM | Chain:
+    """The chain of a batch: paths are scored by log p(states, observations)."""
+    return score_parts(model, batch).chain(batch.lengths)

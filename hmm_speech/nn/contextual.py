@@ -86,7 +86,7 @@ class IndependentTransition(nn.Module):
 
     def __init__(self, topology: AnyTopology, context_dim: int | None = None) -> None:
         super().__init__()
-        if not topology.arcs().all():
+        if not topology.is_full:
             raise UserError(
                 f"transition=independent: the topology, {topology}, forbids arcs, so that states depend on one "
                 "another; take topology=full"

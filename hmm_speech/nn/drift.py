@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hmm_speech.hmm import HMM, Active
 from hmm_speech.nn.products import log_matmul_exp
 
 
@@ -38,3 +39,17 @@ class Drift(NamedTuple):
         start_B = torch.logsumexp(initial_N + drift_BTN[:, 0], -1)
         potential_BTN = drift_BTN - F.pad(normaliser_BTN, (0, 0, 0, 1))
         return torch.cat([potential_BTN[:, :1] - start_B[:, None, None], potential_BTN[:, 1:]], 1)
+
+    def chain(self, initial_N: Tensor, emission: Tensor | Active, lengths_B: Tensor) -> HMM:
+        """The HMM of a batch."""
+        potential_BTN = self.potential(initial_N, lengths_B)
+        if isinstance(emission, Active):
+            at_BTK = potential_BTN.gather(2, emission.states.clamp(min=0))
+            scores_BTK = emission.scores + torch.where(emission.states < 0, 0, at_BTK)
+            return HMM(initial_N, self.matrix_NN, Active(emission.states, scores_BTK), lengths_B)
+        return HMM(initial_N, self.matrix_NN, emission + potential_BTN, lengths_B)
+
+    def following(self, initial_N: Tensor, states_BT: Tensor) -> Tensor:
+        """(B, N) log p(z_t | z_{t-1}, h_t) at the drift's last frame, after states of which there may be none."""
+        before = self.matrix_NN[states_BT[:, -1]] if states_BT.shape[1] else initial_N
+        return (before + self.drift_BTN[:, -1]).log_softmax(-1)

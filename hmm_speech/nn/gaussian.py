@@ -2,11 +2,14 @@
 
 Shapes: B utterances, T frames, N states, D numbers a frame.
 
-A Gaussian is an exponential family: with natural parameters,
+With squares multiplied out, every kind is one or two matrix products over all frames and states; no B x T x N x D
+tensor arises. Each kind of covariance is a module of its own with
 
-    log p(x | z) = linear_z . y - 1/2 <weight_z, y y^T> + bias_z,        y = x, or x whitened by a shared covariance
-
-which is one matrix product over all frames and states; no B x T x N x D tensor arises.
+    scores(x, mean_ND)            (..., N): log N(x; mean_z, covariance_z) + D/2 log 2 pi
+    second                        the shape of its second moments: (N, D), (D, D) or ()
+    quadratic(x, weight)          (..., N) or (..., 1): -1/2 <weight, x x^T> for a weight of that shape
+    maximise(count_N, mean_ND, second, prior, lr)    the M-step, from moments summed over frames
+    colour(noise_BD, states_B)    noise of variance 1, given the covariance of each state
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ FEWEST = 1e-6  # frames; a state with fewer keeps its mean and variance
 
 
 class Diagonal(nn.Module):
-    """A variance for each state and dimension, floor + exp(log_excess): weight (N, D)."""
+    """A variance for each state and dimension, floor + exp(log_excess)."""
 
     def __init__(self, num_states: int, dimension: int, floor: float) -> None:
         super().__init__()
@@ -36,33 +39,27 @@ class Diagonal(nn.Module):
     def variance(self) -> Tensor:
         return self.floor + self.log_excess.exp()
 
-    def natural(self, x: Tensor, mean_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """y, bias (N,), linear (N, D) and weight (N, D)."""
+    def scores(self, x: Tensor, mean_ND: Tensor) -> Tensor:
         weight = self.variance().reciprocal()
         linear = weight * mean_ND
-        return x, 0.5 * (weight.log() - linear * mean_ND).sum(-1), linear, weight
+        return x @ linear.T + self.quadratic(x, weight) + 0.5 * (weight.log() - linear * mean_ND).sum(-1)
 
-    def quadratic(self, y: Tensor, weight_ND: Tensor) -> Tensor:
-        return -0.5 * y.square() @ weight_ND.T
+    def quadratic(self, x: Tensor, weight_ND: Tensor) -> Tensor:
+        return -0.5 * x.square() @ weight_ND.T
 
-    def maximise(self, count_N: Tensor, mean_ND: Tensor, second_ND: Tensor, prior: float, lr: float) -> Tensor:
-        """Set the variances from sum(posterior x^2); returns the means in the frames' coordinates."""
+    def maximise(self, count_N: Tensor, mean_ND: Tensor, second_ND: Tensor, prior: float, lr: float) -> None:
         count = count_N.unsqueeze(-1)
         variance = (second_ND - count * mean_ND.square() + prior) / (count + prior).clamp(min=FEWEST)
         mixed = (1 - lr) * self.variance() + lr * variance
         excess = (mixed - self.floor).clamp(min=SMALLEST * self.floor)
         self.log_excess.copy_(torch.where(count > FEWEST, excess.log(), self.log_excess))
-        return mean_ND
 
     def colour(self, noise_BD: Tensor, states_B: Tensor) -> Tensor:
         return noise_BD * self.variance()[states_B].sqrt()
 
 
 class Tied(nn.Module):
-    """One full covariance for all states, floor * I + F F^T with F lower triangular: weight (D, D) after whitening.
-
-    y = L^-1 x with L the Cholesky factor of the covariance, so that weight is the identity.
-    """
+    """One full covariance for all states, floor * I + F F^T with F lower triangular."""
 
     def __init__(self, num_states: int, dimension: int, floor: float) -> None:
         super().__init__()
@@ -78,36 +75,33 @@ class Tied(nn.Module):
         factor = self.factor.new_zeros(size * size).index_put((self.place,), self.factor).view(size, size)
         return torch.linalg.cholesky(factor @ factor.T + self.floor * self.identity)
 
-    def natural(self, x: Tensor, mean_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """y, bias (N,), linear (N, D) and weight (D, D)."""
+    def scores(self, x: Tensor, mean_ND: Tensor) -> Tensor:
+        """Squared distances of whitened frames, L^-1 x, from whitened means."""
         cholesky = self.cholesky()
         whitener = torch.linalg.solve_triangular(cholesky, self.identity, upper=False)
-        linear = mean_ND @ whitener.T
-        bias = -0.5 * linear.square().sum(-1) - cholesky.diagonal().log().sum()
-        return x @ whitener.T, bias, linear, self.identity
+        frames, mean = x @ whitener.T, mean_ND @ whitener.T
+        constant = -0.5 * mean.square().sum(-1) - cholesky.diagonal().log().sum()
+        return frames @ mean.T - 0.5 * frames.square().sum(-1, keepdim=True) + constant
 
-    def quadratic(self, y: Tensor, weight_DD: Tensor) -> Tensor:
-        return -0.5 * (y @ weight_DD * y).sum(-1, keepdim=True)
+    def quadratic(self, x: Tensor, weight_DD: Tensor) -> Tensor:
+        return -0.5 * (x @ weight_DD * x).sum(-1, keepdim=True)
 
-    def maximise(self, count_N: Tensor, mean_ND: Tensor, second_DD: Tensor, prior: float, lr: float) -> Tensor:
-        """Set the covariance from sum(posterior y y^T); returns the means in the frames' coordinates."""
-        cholesky = self.cholesky().double()
-        scatter = second_DD - mean_ND.T @ (count_N.unsqueeze(-1) * mean_ND)
-        scatter = cholesky @ scatter @ cholesky.T + prior * self.identity
+    def maximise(self, count_N: Tensor, mean_ND: Tensor, second_DD: Tensor, prior: float, lr: float) -> None:
+        scatter = second_DD - mean_ND.T @ (count_N.unsqueeze(-1) * mean_ND) + prior * self.identity
         covariance = scatter / (count_N.sum() + prior).clamp(min=FEWEST)
+        cholesky = self.cholesky().double()
         mixed = (1 - lr) * cholesky @ cholesky.T + lr * (covariance + covariance.T) / 2
         values, vectors = torch.linalg.eigh(mixed)
         excess = (values - self.floor).clamp(min=SMALLEST * self.floor)
         factor = torch.linalg.cholesky(vectors * excess @ vectors.T)
         self.factor.copy_(factor.flatten()[self.place])
-        return mean_ND @ cholesky.T
 
     def colour(self, noise_BD: Tensor, states_B: Tensor) -> Tensor:
         return noise_BD @ self.cholesky().T
 
 
 class Spherical(nn.Module):
-    """One variance for all states and dimensions, floor + exp(log_excess), or 1 and not learned: weight ()."""
+    """One variance for all states and dimensions, floor + exp(log_excess), or 1 and not learned."""
 
     def __init__(self, num_states: int, dimension: int, floor: float, learned: bool = True) -> None:
         super().__init__()
@@ -117,25 +111,21 @@ class Spherical(nn.Module):
     def variance(self) -> Tensor | float:
         return 1.0 if self.log_excess is None else self.floor + self.log_excess.exp()
 
-    def natural(self, x: Tensor, mean_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """y, bias (N,), linear (N, D) and weight ()."""
+    def scores(self, x: Tensor, mean_ND: Tensor) -> Tensor:
         variance = torch.as_tensor(self.variance(), dtype=x.dtype, device=x.device)
-        linear = mean_ND / variance
-        bias = -0.5 * ((linear * mean_ND).sum(-1) + x.shape[-1] * variance.log())
-        return x, bias, linear, variance.reciprocal()
+        constant = -0.5 * (mean_ND.square().sum(-1) / variance + x.shape[-1] * variance.log())
+        return x @ (mean_ND / variance).T + self.quadratic(x, 1 / variance) + constant
 
-    def quadratic(self, y: Tensor, weight: Tensor) -> Tensor:
-        return -0.5 * weight * y.square().sum(-1, keepdim=True)
+    def quadratic(self, x: Tensor, weight: Tensor) -> Tensor:
+        return -0.5 * weight * x.square().sum(-1, keepdim=True)
 
-    def maximise(self, count_N: Tensor, mean_ND: Tensor, second: Tensor, prior: float, lr: float) -> Tensor:
-        """Set the variance from sum(posterior |x|^2); returns the means in the frames' coordinates."""
+    def maximise(self, count_N: Tensor, mean_ND: Tensor, second: Tensor, prior: float, lr: float) -> None:
         if self.log_excess is not None:
             size = mean_ND.shape[-1]
             scatter = (second - (count_N.unsqueeze(-1) * mean_ND.square()).sum()) / size
             variance = (scatter + prior) / (count_N.sum() + prior).clamp(min=FEWEST)
             mixed = (1 - lr) * self.variance() + lr * variance
             self.log_excess.copy_((mixed - self.floor).clamp(min=SMALLEST * self.floor).log())
-        return mean_ND
 
     def colour(self, noise_BD: Tensor, states_B: Tensor) -> Tensor:
         return noise_BD * torch.as_tensor(self.variance()).sqrt()
@@ -168,10 +158,11 @@ class GaussianEmission(FrameEmission):
     With ``unit`` covariances, states are codes in the space of the input, scored by their squared distance: the
     codebook of co-training (Yeh and Tang 2022, arXiv:2203.15840).
 
-    Exact EM. With ``counting`` set, natural parameters are shifted by ``statistics``, a parameter that is zero. The
-    derivative of the log-likelihood with respect to a natural parameter is the expected sufficient statistic that
-    belongs to it, sum_t p(z_t = z | x) times 1, y_t and -1/2 y_t y_t^T, so that backpropagation is the E-step as it is
-    for tables (:class:`hmm_speech.optim.EM`), and :meth:`maximise` the M-step.
+    Exact EM. A Gaussian is an exponential family, log p(x | z) = bias_z + linear_z . x - 1/2 <weight_z, x x^T>. With
+    ``counting`` set, these natural parameters are shifted by ``statistics``, a parameter that is zero. The derivative
+    of the log-likelihood with respect to a natural parameter is the expected sufficient statistic that belongs to it,
+    sum_t p(z_t = z | x) times 1, x_t and -1/2 x_t x_t^T, so that backpropagation is the E-step as it is for tables
+    (:class:`hmm_speech.optim.EM`), and :meth:`maximise` the M-step.
 
     Args:
         dimension: D.
@@ -188,7 +179,7 @@ class GaussianEmission(FrameEmission):
         if covariance not in COVARIANCES:
             raise UserError(f"emission.covariance is {covariance!r}; expected one of {', '.join(COVARIANCES)}")
         if not 0 < floor < 1:
-            raise UserError(f"emission.floor is {floor!r}; expected more than 0 and less than 1, the variance of frames")
+            raise UserError(f"emission.floor is {floor!r}; expected more than 0 and less than 1 (frames have 1)")
         self.register_buffer("centre", torch.zeros(dimension))
         self.register_buffer("scale", torch.ones(dimension))
         self.mean = nn.Parameter(torch.randn(self.num_states, dimension))
@@ -212,12 +203,12 @@ class GaussianEmission(FrameEmission):
         return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
     def scores(self, frames_BTD: Tensor) -> Tensor:
-        y, *natural = self.covariance.natural((frames_BTD - self.centre) / self.scale, self.mean)
+        x = (frames_BTD - self.centre) / self.scale
+        found = self.covariance.scores(x, self.mean)
         if self.counting:
-            natural = [a + b for a, b in zip(natural, self._split(self.statistics), strict=True)]
-        bias, linear, weight = natural
-        constant = 0.5 * self.dimension * math.log(2 * math.pi) + self.scale.log().sum()
-        return y @ linear.T + self.covariance.quadratic(y, weight) + (bias - constant)
+            bias, linear, weight = self._split(self.statistics)
+            found = found + (x @ linear.T + self.covariance.quadratic(x, weight) + bias)
+        return found - (0.5 * self.dimension * math.log(2 * math.pi) + self.scale.log().sum())
 
     @torch.no_grad()
     def maximise(self, expected: Tensor, pseudocount: float, lr: float) -> None:
@@ -236,8 +227,8 @@ class GaussianEmission(FrameEmission):
                 "minimise the negative log-likelihood alone, without regularisers"
             )
         count = count.clamp(min=0)
-        found = first / count.clamp(min=FEWEST).unsqueeze(-1)
-        mean = self.covariance.maximise(count, found, -2 * second, pseudocount, lr)
+        mean = first / count.clamp(min=FEWEST).unsqueeze(-1)
+        self.covariance.maximise(count, mean, -2 * second, pseudocount, lr)
         moved = (1 - lr) * self.mean + lr * mean
         self.mean.copy_(torch.where(count.unsqueeze(-1) > FEWEST, moved, self.mean))
 

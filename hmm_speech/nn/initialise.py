@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hmm_speech.errors import UserError
 from hmm_speech.hmm import HMM
 from hmm_speech.nn.blocks import LogTable
 from hmm_speech.nn.emission import EmissionTable
@@ -25,6 +26,7 @@ CONTEXT = 0.9
 STAY = 0.8  # probability of repeating a state: long stays start from few boundaries, which training then adds to
 FLOOR = 0.2  # share of every emission and exit that follows the unigram
 PSEUDOCOUNT = 0.1  # frames, in the EM iterations
+MOST_STATES = 4096  # of tables (N, N)
 
 
 def change_counts(sequences: Sequence[np.ndarray], vocabulary: int) -> np.ndarray:
@@ -209,13 +211,28 @@ def _divergence(table: Tensor, logits: Tensor) -> Tensor:
     return torch.where(allowed, table.exp() * (table - torch.where(allowed, log_probs, 0)), 0).sum(-1).mean()
 
 
+def set_priors(module: nn.Module, sequences: Sequence[np.ndarray]) -> None:
+    """What MAP estimation draws tables between cloned states to: the bigram of their units."""
+    prior = getattr(module.transition, "prior", None)
+    if prior is not None:
+        prior.copy_(torch.from_numpy(bigram_tables(sequences, module.topology)[1]))
+
+
 def initialise(
     module: nn.Module, sequences: Sequence[np.ndarray], iterations: int, steps: int, lr: float, seed: int = 0
 ) -> None:
     """Tables, ``iterations`` of EM on them, then ``steps`` of Adam that fit the model to them.
 
     Tables of chains come from clusters of units, those of cloned states from bigrams.
+
+    Raises:
+        UserError: there are too many states for such tables.
     """
+    if module.topology.num_states > MOST_STATES:
+        raise UserError(
+            f"callbacks.initialise makes tables of states x states, too large for {module.topology.num_states} states; "
+            "leave it out with callbacks.initialise=null"
+        )
     vocabulary = module.emission.vocabulary
     if isinstance(module.topology, ClonedTopology):
         tables = cloned_tables(sequences, vocabulary, module.topology, seed)

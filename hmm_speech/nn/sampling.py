@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from hmm_speech.hmm import Banded, Chunked, LowRank
 from hmm_speech.nn.composition import reads_frames, uses_context
-from hmm_speech.nn.drift import Drift
 
 
 class Drawn(NamedTuple):
@@ -50,10 +49,9 @@ def draw_sequences(model: Any, num: int, frames: int, generator: torch.Generator
 
 def _next_state(model: Any, transition: Any, states: list[Tensor], num: int) -> Tensor:
     """(B, N) log p(z_t | z_{t-1}, h_t), or of z_1."""
-    if isinstance(transition, Drift):
-        drift_BN = transition.drift_BTN[:, -1]
-        before = transition.matrix_NN[states[-1]] if states else model.initial()
-        return (before + drift_BN).log_softmax(-1)
+    if hasattr(transition, "following"):
+        so_far = torch.stack(states, 1) if states else torch.zeros(num, 0, dtype=torch.int64)
+        return transition.following(model.initial(), so_far).expand(num, -1)
     if not states:
         return model.initial().expand(num, -1)
     if isinstance(transition, Chunked):

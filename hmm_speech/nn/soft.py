@@ -35,8 +35,8 @@ class SoftEmission(FrameEmission):
 
     def scores(self, frames_BTV: Tensor) -> Tensor:
         total = frames_BTV.sum(-1)
-        wrong = (frames_BTV < 0).any(-1) | ((total - 1).abs().minimum(total.abs()) > _TOLERANCE)
-        if wrong.any() or not torch.isfinite(total).all():
+        wrong = ~((frames_BTV >= 0).all(-1) & ((total - 1).abs().minimum(total.abs()) <= _TOLERANCE))
+        if wrong.any():
             raise UserError(
                 f"frames: {int(wrong.sum())} of a batch are no distributions over {self.dimension} units; expected "
                 "numbers of at least 0 with a sum of 1 in every frame (emission=gaussian takes any frames)"
@@ -100,7 +100,7 @@ class ProductEmission(FrameEmission):
         return frames.long()
 
     def points(self, frames_FQ: Tensor) -> Tensor:
-        """Each code as an indicator, beside each other: half the squared distance is the number of codes that differ."""
+        """Indicators of the codes, beside each other: half the squared distance is the number of codes that differ."""
         codes = self._codes(frames_FQ)
         return torch.cat([F.one_hot(codes[:, q], size) for q, size in enumerate(self.codebooks)], -1).float()
 

@@ -39,6 +39,11 @@ class Topology:
         """N."""
         return self.labels * self.substates
 
+    @property
+    def is_full(self) -> bool:
+        """Whether every state may follow every state; told without the (N, N) arcs."""
+        return self.substates == 1
+
     def arcs(self) -> Tensor:
         """(N, N) bool: ``[i, j]`` tells whether state i may be followed by state j."""
         states = torch.arange(self.num_states)
@@ -89,6 +94,11 @@ class ClonedTopology:
         """As many as states."""
         return self.num_states
 
+    @property
+    def is_full(self) -> bool:
+        """True."""
+        return True
+
     def arcs(self) -> Tensor:
         """(N, N) bool: all."""
         return torch.ones(self.num_states, self.num_states, dtype=torch.bool)
@@ -132,11 +142,12 @@ def resolve_topology(config: Mapping[str, Any], sequences: Sequence[np.ndarray],
     """A configured topology with what the training split decides: ``{states: N}`` becomes ``{clones: [...]}``.
 
     Clones are shared out in proportion to the square root of a unit's count; each unit has ``minimum`` at least, which
-    may make more states than asked for where the vocabulary is large.
+    may make more states than asked for where the vocabulary is large. With ``states``, the labels and substates that a
+    preset for chains may have left in the configuration do not count.
     """
     if "states" not in config:
         return dict(config)
-    unknown = config.keys() - {"states", "minimum"}
+    unknown = config.keys() - {"states", "minimum", "labels", "substates"}
     if unknown:
         raise UserError(
             f"topology: {', '.join(sorted(unknown))} does not go with states; see configs/topology/cloned.yaml"

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from hmm_speech.errors import UserError
 from hmm_speech.hmm import HMM, Chunked
-from hmm_speech.nn.composition import Composition, assemble, observed, reads_frames, score_parts
+from hmm_speech.nn.composition import Composition, observed, reads_frames, score_parts
+from hmm_speech.objective.likelihood import plain_hmm
 
 
 class CoTraining(nn.Module):
@@ -43,7 +44,7 @@ class CoTraining(nn.Module):
     def __init__(self, parts: Composition, dim: int | None = None, temperature: float | None = None) -> None:
         super().__init__()
         topology = parts.topology
-        if not topology.arcs().all() or not topology.starts().all():
+        if not topology.is_full:
             raise UserError(
                 f"objective=co_training: the topology, {topology}, forbids arcs, but the guess at a state knows "
                 "nothing of the one before; take topology=full"
@@ -55,6 +56,7 @@ class CoTraining(nn.Module):
     def forward(self, model: Any, batch: Any) -> Tensor:
         """(B,) nats."""
         scores = score_parts(model, batch)
+        hmm = plain_hmm(scores.chain(batch.lengths), "objective=co_training")
         if not isinstance(scores.emission, Tensor):
             raise UserError("objective=co_training needs an emission over all states; emission=cloned has few a frame")
         log_q_BTN = self.guess(model, batch, scores.emission)
@@ -62,7 +64,7 @@ class CoTraining(nn.Module):
         inside_BT = torch.arange(log_q_BTN.shape[1], device=log_q_BTN.device) < batch.lengths[:, None]
         entropy_BT = -(log_q_BTN.exp() * log_q_BTN).sum(-1)
         entropy_B = torch.where(inside_BT, entropy_BT, 0).sum(-1)
-        return -expected_score(assemble(scores, batch.lengths), weight_BTN) - entropy_B
+        return -expected_score(hmm, weight_BTN) - entropy_B
 
     def guess(self, model: Any, batch: Any, emission_BTN: Tensor) -> Tensor:
         """(B, T, N) log q(z_t | x_t)."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hmm_speech.errors import UserError
 from hmm_speech.hmm import HMM
 from hmm_speech.nn.blocks import LogTable
-from hmm_speech.nn.composition import Composition
+from hmm_speech.nn.composition import Chain, Composition
 
 
 class Likelihood(nn.Module):
@@ -43,38 +43,39 @@ class Likelihood(nn.Module):
         hmm = self.chain(model, batch)
         loss_B = self.cost(hmm)
         if weight := self.entropy * max(0.0, 1 - 2 * model.progress):
-            loss_B = loss_B - weight * hmm.entropy()
+            loss_B = loss_B - weight * plain_hmm(hmm, "objective.entropy").entropy()
         if self.pseudocount or self.stickiness:
             loss_B = loss_B - self.log_prior(model, hmm) * batch.lengths / model.frames_per_epoch
         return loss_B
 
-    def chain(self, model: Any, batch: Any) -> HMM:
+    def chain(self, model: Any, batch: Any) -> HMM | Chain:
         """The chain whose paths are summed."""
         return model(batch)
 
-    def cost(self, hmm: HMM) -> Tensor:
+    def cost(self, hmm: HMM | Chain) -> Tensor:
         """(B,) nats: what the data cost."""
         return -hmm.log_partition()
 
-    def log_prior(self, model: Any, hmm: HMM) -> Tensor:
+    def log_prior(self, model: Any, hmm: HMM | Chain) -> Tensor:
         """The logarithm of the prior but for a constant, in nats."""
-        found = hmm.initial.new_zeros(())
+        found = torch.zeros((), device=hmm.lengths.device)
         for table in _tables(model) if self.pseudocount else ():
             log_probs = table()
             found = found + self.pseudocount * log_probs[log_probs > -torch.inf].sum()
         if self.stickiness:
-            if not isinstance(hmm.transition, Tensor) or hmm.transition.dim() != 2:
+            matrix = getattr(hmm, "transition", None)
+            if not isinstance(matrix, Tensor) or matrix.dim() != 2:
                 raise UserError(
                     "objective.stickiness needs a transition matrix: transition=table or transition=network"
                 )
-            found = found + self.stickiness * hmm.transition.log_softmax(-1).diagonal().sum()
+            found = found + self.stickiness * matrix.log_softmax(-1).diagonal().sum()
         return found
 
 
 class Viterbi(Likelihood):
     """-max_z log p(x, z): hard EM ("Viterbi training", Juang and Rabiner 1990) with optimizer=em, its gradient else."""
 
-    def cost(self, hmm: HMM) -> Tensor:
+    def cost(self, hmm: HMM | Chain) -> Tensor:
         return -hmm.viterbi().score
 
 
@@ -94,6 +95,7 @@ class SemiSupervised(Likelihood):
         hmm = model(batch)
         if batch.phones is None:
             return hmm
+        plain_hmm(hmm, "objective=semi_supervised")
         if not isinstance(hmm.emission, Tensor):
             raise UserError(
                 "objective=semi_supervised needs an emission over all states; emission=cloned has few a frame"
@@ -110,3 +112,10 @@ class SemiSupervised(Likelihood):
 
 def _tables(model: nn.Module) -> Iterator[LogTable]:
     return (module for module in model.modules() if isinstance(module, LogTable))
+
+
+def plain_hmm(chain: HMM | Chain, where: str) -> HMM:
+    """The chain, if it is one of single frames; a UserError otherwise."""
+    if not isinstance(chain, HMM):
+        raise UserError(f"{where} needs a chain of single frames over all states; not transition=semi_markov or cloned")
+    return chain

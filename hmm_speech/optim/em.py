@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -64,21 +63,37 @@ class EM(Optimizer):
 
     Args:
         params: tables of log-probabilities and statistics, or parameter groups of them.
-        pseudocount: added to each count of an entry that is not -inf; in frames.
+        pseudocount: in frames. A parameter group with a ``prior``, probabilities of its parameters' shape, adds
+            pseudocount * prior to the counts: MAP estimation, drawn to the prior as by that many frames in each row.
+            Without one, the pseudocount is added to each entry that is not -inf.
         scale: what the gradients must be multiplied with to be minus the counts, in frames: the loss' divisor.
             Matters only together with a pseudocount.
         lr: 1 is EM; below, the probabilities move that part of the way.
+        stepwise: for a step after each mini-batch, the exponent of its weight, more than 0.5 and at most 1: counts are
+            a running average, s <- (1 - eta) s + eta counts with eta = (k + 2)^-stepwise in step k = 0, 1, ... (Cappe
+            and Moulines 2009; Liang and Klein 2009, section 3). ``scale`` then turns a gradient into the counts of a
+            whole epoch. None: a step after all batches.
 
     Raises:
         UserError: a parameter is not a table of log-probabilities, or its gradient is not made of counts.
     """
 
-    def __init__(self, params: Iterable[Tensor], pseudocount: float = 0.0, scale: float = 1.0, lr: float = 1.0) -> None:
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        pseudocount: float = 0.0,
+        scale: float = 1.0,
+        lr: float = 1.0,
+        stepwise: float | None = None,
+    ) -> None:
         if not 0 <= pseudocount < float("inf"):
             raise UserError(f"EM: pseudocount is {pseudocount}; expected a finite number of at least 0")
         if not 0 < lr <= 1:
             raise UserError(f"EM: lr is {lr}; expected more than 0 and at most 1, and 1 for exact EM")
-        super().__init__(params, {"lr": lr, "pseudocount": pseudocount, "scale": scale})
+        if stepwise is not None and not 0.5 < stepwise <= 1:
+            raise UserError(f"EM: stepwise is {stepwise}; expected more than 0.5, at most 1, or null")
+        defaults = {"lr": lr, "pseudocount": pseudocount, "scale": scale, "stepwise": stepwise, "prior": None}
+        super().__init__(params, defaults)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if not isinstance(parameter, Statistics):
@@ -96,9 +111,24 @@ class EM(Optimizer):
                 if parameter.grad is None:
                     continue
                 counts = parameter.grad * -group["scale"]
-                update = parameter.maximise if isinstance(parameter, Statistics) else partial(_maximise, parameter)
-                update(counts, group["pseudocount"], group["lr"])
+                if group["stepwise"] is not None:
+                    counts = self._averaged(parameter, counts, group["stepwise"])
+                if isinstance(parameter, Statistics):
+                    parameter.maximise(counts, group["pseudocount"], group["lr"])
+                else:
+                    _maximise(parameter, counts, group)
         return loss
+
+    def _averaged(self, parameter: Tensor, counts: Tensor, stepwise: float) -> Tensor:
+        """The running average of counts, which this step moves."""
+        state = self.state[parameter]
+        step = state.get("step", 0)
+        if step == 0:  # nothing to average with
+            state["counts"] = counts.clone()
+        else:
+            state["counts"].lerp_(counts, (step + 2) ** -stepwise)
+        state["step"] = step + 1
+        return state["counts"]
 
 
 def _check_table(parameter: Tensor) -> None:
@@ -106,21 +136,22 @@ def _check_table(parameter: Tensor) -> None:
     if not torch.all(total.abs() < _TOLERANCE):
         raise UserError(
             f"EM trains tables of log-probabilities, but a parameter of shape {tuple(parameter.shape)} is none: its "
-            "last dimension does not sum to 1. Use emission=table (or gaussian, soft, product) transition=table initial=table "
-            "with optimizer=em, or a gradient optimizer (optimizer=adamw)"
+            "last dimension does not sum to 1. Use emission=table (or gaussian, soft, product), transition=table and "
+            "initial=table with optimizer=em, or a gradient optimizer (optimizer=adamw)"
         )
 
 
-def _maximise(parameter: Tensor, counts: Tensor, pseudocount: float, lr: float) -> None:
+def _maximise(parameter: Tensor, counts: Tensor, group: dict[str, Any]) -> None:
     if counts.min() < -_TOLERANCE * counts.abs().max():
         raise UserError(
             f"EM: the gradient of a parameter of shape {tuple(parameter.shape)} has both signs, so it is not made of "
             "expected counts. Pass the table to the HMM as it is, without log_softmax, and minimise the negative "
             "log-likelihood alone, without regularisers"
         )
-    counts = counts.clamp(min=0) + pseudocount * (parameter > -torch.inf)
+    prior = (parameter > -torch.inf) if group["prior"] is None else group["prior"].to(parameter)
+    counts = counts.clamp(min=0) + group["pseudocount"] * prior
     total = counts.sum(-1, keepdim=True)
     updated = counts.log() - total.log()
-    if lr != 1:
-        updated = ((1 - lr) * parameter.exp() + lr * updated.exp()).log()
+    if group["lr"] != 1:
+        updated = ((1 - group["lr"]) * parameter.exp() + group["lr"] * updated.exp()).log()
     parameter.copy_(torch.where(total > 0, updated, parameter))

@@ -3,7 +3,7 @@
 Debian's flite reads two chapters of Alice's Adventures in Wonderland and three of Jonah, in three voices at three rates
 each, and tells when each phone ends. Written under --out: audio/, meta.tsv, align.tsv, the unit files logmel.parquet
 and mfcc.parquet and their quantizers; the two unit files are then copied to --units, by default this folder, where they
-ship.
+ship. logmel_frames.parquet, for the preset `frames`, stays under --out: frames are too large to ship.
 """
 
 from __future__ import annotations
@@ -153,19 +153,31 @@ def synthesise(speeches: Sequence[Speech], out: Path) -> None:
     )
 
 
+def extract(out: Path, name: str, features: str, clusters: int, keep_frames: bool = False) -> Report:
+    """Quantize the corpus under `out` to the unit file `name` there, as `hmm-speech units` does."""
+    return extract_units(
+        out / "audio",
+        out / name,
+        features=features,
+        hop_ms=20,
+        clusters=clusters,
+        metadata=out / "meta.tsv",
+        alignments=out / "align.tsv",
+        keep_frames=keep_frames,
+    )
+
+
+def make_frames(out: Path) -> Report:
+    """A unit file with log mel frames under `out`; its units are what k-means makes of them with as many clusters as
+    the preset has labels."""
+    return extract(out, "logmel_frames.parquet", "logmel", clusters=50, keep_frames=True)
+
+
 def make_units(out: Path, units: Path, kinds: Sequence[str] = ("logmel", "mfcc")) -> list[Report]:
-    """Quantize the corpus under `out` as `hmm-speech units` does, and copy the unit files to `units`."""
+    """Quantize the corpus under `out` and copy the unit files to `units`."""
     reports = []
     for features in kinds:
-        report = extract_units(
-            out / "audio",
-            out / f"{features}.parquet",
-            features=features,
-            hop_ms=20,
-            clusters=100,
-            metadata=out / "meta.tsv",
-            alignments=out / "align.tsv",
-        )
+        report = extract(out, f"{features}.parquet", features, clusters=100)
         with atomic_path(units / report.out.name) as beside:
             shutil.copyfile(report.out, beside)
         reports.append(report)
@@ -182,10 +194,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         speeches = plan(options.text)
         print(f"flite says {len(speeches)} utterances", flush=True)
         synthesise(speeches, options.out)
-        for report in make_units(options.out, options.units):
+        reports = [*make_units(options.out, options.units), make_frames(options.out)]
+        for report in reports:
             print(
-                f"{options.units / report.out.name}: {report.utterances} utterances, {report.seconds / 60:.1f} min, "
-                f"{report.frames} frames"
+                f"{report.out}: {report.utterances} utterances, {report.seconds / 60:.1f} min, {report.frames} frames"
             )
             if report.failed:
                 raise UserError(f"{report.out}: these files failed: {report.failed}")

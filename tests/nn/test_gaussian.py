@@ -94,10 +94,9 @@ def test_draws_have_the_moments_of_their_state(covariance: str) -> None:
 
 
 def plain_em(initial, transition, mean, covariance, sequences, kind, floor):
-    """One textbook iteration in float64 numpy, on probabilities; covariance (N, D, D) or one for all."""
+    """One textbook iteration in float64 numpy, on probabilities; covariance (N, D, D)."""
     num_states = len(initial)
     starts, arcs = np.zeros(num_states), np.zeros((num_states, num_states))
-    weight, first = np.zeros(num_states), np.zeros((num_states, D))
     frames, gammas = [], []
     for x in sequences:
         difference = x[:, None] - mean
@@ -232,6 +231,28 @@ def test_a_rate_moves_part_of_the_way(covariance: str) -> None:
         torch.testing.assert_close(part[2].mean, 0.75 * start.mean + 0.25 * whole[2].mean)
         mixed = 0.75 * covariance_ND_D(start) + 0.25 * covariance_ND_D(whole[2])
         torch.testing.assert_close(covariance_ND_D(part[2]), mixed)
+
+
+@pytest.mark.parametrize("covariance", LEARNED)
+def test_steps_after_mini_batches_average_their_moments(covariance: str) -> None:
+    emission = em_parts(covariance)[2]
+    batches = [x[:7] for x in (em_frames()[0], em_frames()[2])]
+    optimizer = EM([emission.statistics], stepwise=0.8)
+    for frames in batches:
+        optimizer.zero_grad()
+        (-emission(frames[None])[0, :, 0].sum()).backward()  # every frame is of state 0
+        optimizer.step()
+    rate = 3**-0.8
+    mean, moments = (
+        (1 - rate) * a + rate * b for a, b in zip(*((x.mean(0), x.T @ x / len(x)) for x in batches), strict=True)
+    )
+    torch.testing.assert_close(emission.mean[0].detach(), mean)
+    expected = moments - mean[:, None] * mean
+    if covariance != "tied":
+        expected = torch.diag(expected.diagonal())
+    if covariance == "spherical":
+        expected = expected.diagonal().mean() * torch.eye(D).double()
+    torch.testing.assert_close(covariance_ND_D(emission)[0], expected)
 
 
 def test_a_copy_has_an_m_step_of_its_own() -> None:

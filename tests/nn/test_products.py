@@ -16,7 +16,10 @@ def test_sums_are_right_at_any_scale_and_with_forbidden_entries(spread: float, f
     generator = torch.Generator().manual_seed(seed)
     left, right = (torch.randn(*shape, generator=generator) * spread for shape in ((2, 5, 6), (4, 6)))
     right = right.masked_fill(torch.rand(right.shape, generator=generator) < forbidden, -torch.inf)
-    torch.testing.assert_close(log_matmul_exp(left, right).double(), summed(left, right), rtol=1e-5, atol=1e-5)
+    # Row maxima are some 4 spreads large; taking them out and adding them back rounds to float32 there.
+    torch.testing.assert_close(
+        log_matmul_exp(left, right).double(), summed(left, right), rtol=1e-5, atol=1e-5 + 4 * spread * 2**-23
+    )
 
 
 @pytest.mark.parametrize("apart", [1.0, 60.0, 200.0, 3000.0])

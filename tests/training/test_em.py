@@ -1,3 +1,4 @@
+import json
 import math
 from itertools import pairwise
 
@@ -128,7 +129,59 @@ def test_gradients_that_are_no_counts_are_refused() -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("values", [{"pseudocount": -1.0}, {"pseudocount": math.nan}, {"lr": 0.0}, {"lr": 2.0}])
+@pytest.mark.parametrize(
+    "values", [{"stepwise": 0.5}, {"pseudocount": -1.0}, {"pseudocount": math.nan}, {"lr": 0.0}, {"lr": 2.0}]
+)
 def test_wrong_settings_are_refused(values: dict) -> None:
     with pytest.raises(UserError, match="EM: "):
         EM([torch.nn.Parameter(torch.zeros(1))], **values)
+
+
+def test_a_prior_is_worth_so_many_frames_in_each_row() -> None:
+    table = torch.nn.Parameter(torch.tensor([[0.5, 0.5, 0.0]]).log())
+    table.grad = -torch.tensor([[6.0, 2.0, 0.0]]) / 4
+    EM([{"params": [table], "prior": torch.tensor([[0.1, 0.9, 0.0]])}], pseudocount=10.0, scale=4.0).step()
+    torch.testing.assert_close(table.detach().exp(), torch.tensor([[7.0, 11.0, 0.0]]) / 18)
+
+
+def test_stepwise_counts_are_a_running_average() -> None:
+    table = torch.nn.Parameter(torch.tensor([0.5, 0.5]).log())
+    optimizer = EM([table], stepwise=0.6)
+    counts = [torch.tensor(x) for x in ([8.0, 2.0], [1.0, 9.0], [5.0, 5.0])]
+    average = counts[0]
+    for step, found in enumerate(counts):
+        table.grad = -found
+        optimizer.step()
+        if step:
+            weight = (step + 2) ** -0.6
+            average = (1 - weight) * average + weight * found
+        torch.testing.assert_close(table.detach().exp(), average / average.sum())
+
+
+def test_cloned_states_are_drawn_to_the_bigram(tmp_path, train) -> None:
+    """With a pseudocount that outweighs the data, the model is the bigram."""
+    cloned = ("topology=cloned", "topology.states=60", "emission=cloned")
+    run = ("transition=table", "initial=table", "optimizer=em", "trainer.max_epochs=2")
+    found = []
+    for pseudocount in (0.01, 1e9):
+        folder = tmp_path / str(pseudocount)
+        train(folder, *cloned, *run, f"optimizer.pseudocount={pseudocount}", networks=False)
+        found.append(json.loads((folder / "metrics.json").read_text()))
+    assert found[1]["bits_per_frame"] == pytest.approx(found[1]["baselines"]["bigram"], abs=0.1)
+    assert abs(found[0]["bits_per_frame"] - found[1]["bits_per_frame"]) > 0.05
+
+
+def test_a_pseudocount_is_chosen_on_the_valid_split(tmp_path, train) -> None:
+    """Sixty states from forty utterances: the largest of three is best, and resuming keeps it."""
+    cloned = ("topology=cloned", "topology.states=60", "emission=cloned", "transition=table", "initial=table")
+    choose = "hmm_speech.callbacks.ChoosePseudocount"
+    run = ("optimizer=em", f"+callbacks.pseudocount={{_target_:{choose},candidates:[0.001,30,1]}}")
+    train(tmp_path, *cloned, *run, "trainer.max_epochs=1", networks=False)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    groups = torch.load(last, weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert {group["pseudocount"] for group in groups} == {30}
+    train(tmp_path, *cloned, *run, "trainer.max_epochs=2", f"ckpt_path={last}", networks=False)
+    groups = torch.load(last, weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert {group["pseudocount"] for group in groups} == {30}
+    with pytest.raises(UserError, match="optimizer=em adds"):
+        train(tmp_path / "adam", *cloned, run[1], networks=False)

@@ -20,6 +20,8 @@ from hmm_speech.data.datamodule import SyntheticDataModule
 from hmm_speech.errors import UserError
 from hmm_speech.module import SpeechHMM
 
+from .conftest import NETWORKS
+
 Train = Callable[..., None]
 
 
@@ -153,3 +155,16 @@ def test_checkpoints_are_plain_and_what_is_not_allowed_is_refused(tmp_path: Path
         load(tmp_path / "pickled.ckpt")
     with pytest.raises(UserError, match="no such file"):
         load(tmp_path / "absent.ckpt")
+
+
+def test_a_run_starts_from_the_parts_of_another(tmp_path: Path, train: Train, caplog: pytest.LogCaptureFixture) -> None:
+    train(tmp_path / "first", "trainer.max_epochs=2")
+    best = tmp_path / "first" / "checkpoints" / "best.ckpt"
+    run = ("callbacks=from_checkpoint", f"callbacks.from_checkpoint.path={best}", "optimizer.lr=1e-9")
+    with caplog.at_level("INFO", logger="train"):
+        train(tmp_path / "second", "transition=table", *run, "trainer.max_epochs=1", *NETWORKS[:2], networks=False)
+    assert "initial, emission" in caplog.text
+    before, after = load(best), load(tmp_path / "second" / "checkpoints" / "last.ckpt")
+    torch.testing.assert_close(after.emission.logits(), before.emission.logits(), atol=1e-5, rtol=0)
+    with pytest.raises(UserError, match="no part of it fits"):
+        train(tmp_path / "third", "topology.labels=9", *run, "trainer.max_epochs=1")
