@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from hmm_speech.checkpoint import load
 from hmm_speech.configuration import CLONE, plain
 from hmm_speech.data.batching import collate
 from hmm_speech.data.synthetic import sample_corpus
@@ -98,6 +99,17 @@ def test_one_command_trains_evaluates_and_writes_and_does_nothing_twice(tmp_path
     assert seen[0][-1] == f"ckpt_path={trained[1]}/checkpoints/last.ckpt"
     with pytest.raises(UserError, match=r"was trained with .* give another --out"):
         compare.compare(tmp_path, ["markov"], [2], [0], (*TINY, "optimizer.lr=0.5"), train=tiny)
+
+
+def test_co_training_trains_with_a_network_of_its_own(tmp_path: Path, train: Train) -> None:
+    options = ("objective=co_training", "objective.dim=8", "objective.temperature=0.5", "context.hop=2")
+    train(tmp_path, "recipes=markov_or_not/markov", *TINY, *options, networks=False)
+    model = load(tmp_path / "checkpoints" / "best.ckpt")
+    assert sum(p.numel() for p in model.objective.parameters()) == 4 * 8 + 8 + 8 * 6 + 6
+    batch = collate(list(enumerate(sample_corpus(6, 20, numbers=4).utterances)))
+    with torch.no_grad():
+        model.objective.temperature = None  # the bound itself, in place of a draw
+        assert (model.objective(model, batch) > -model(batch).log_partition()).all()
 
 
 @pytest.mark.parametrize("hop", [1, 3])
