@@ -114,17 +114,37 @@ def observed(part: nn.Module, batch: Any) -> Tensor:
     return batch.frames if reads_frames(part) else batch.units
 
 
-def compose(model: Composition, batch: Any) -> HMM | Chain:
-    """The chain of a batch: paths are scored by log p(states, observations)."""
+class Scores(NamedTuple):
+    """What the parts say of a batch, before they are put together."""
+
+    initial_N: Tensor
+    """Log-probabilities."""
+    transition: Any
+    """(N, N) log-probabilities, a structure of :mod:`hmm_speech.hmm`, or :class:`Transitions`."""
+    emission: Tensor | Active
+    """(B, T, N) log-probabilities or densities, or an ``Active``."""
+
+    def chain(self, lengths_B: Tensor) -> HMM | Chain:
+        """The chain of a batch: paths are scored by log p(states, observations)."""
+        initial_N, transition, emission = self
+        if hasattr(transition, "chain"):
+            return transition.chain(initial_N, emission, lengths_B)
+        if isinstance(transition, LowRank):
+            if isinstance(emission, Active):  # 2 N R a frame; over the active states alone, scores are K^2 sums over R
+                emission = emission.dense(len(initial_N))
+            return LowRankHMM(initial_N, transition, emission, lengths_B)
+        return HMM(initial_N, transition, emission, lengths_B)
+
+
+def score_parts(model: Any, batch: Any) -> Scores:
+    """What each part of a :class:`Composition`, or of a module with the same parts, says of a batch."""
     context_BTH = None if model.context is None else model.context(observed(model.context, batch))
     transition = model.transition(context_BTH) if uses_context(model.transition) else model.transition()
     what = observed(model.emission, batch)
     emission = model.emission(what, context_BTH) if uses_context(model.emission) else model.emission(what)
-    initial_N = model.initial()
-    if hasattr(transition, "chain"):
-        return transition.chain(initial_N, emission, batch.lengths)
-    if isinstance(transition, LowRank):
-        if isinstance(emission, Active):  # 2 N R a frame; over the active states alone, scores are K^2 sums over R
-            emission = emission.dense(len(initial_N))
-        return LowRankHMM(initial_N, transition, emission, batch.lengths)
-    return HMM(initial_N, transition, emission, batch.lengths)
+    return Scores(model.initial(), transition, emission)
+
+
+def compose(model: Any, batch: Any) -> HMM | Chain:
+    """The chain of a batch: paths are scored by log p(states, observations)."""
+    return score_parts(model, batch).chain(batch.lengths)

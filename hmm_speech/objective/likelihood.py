@@ -108,6 +108,7 @@ def _tables(model: nn.Module) -> Iterator[LogTable]:
 
 
 def plain_chain(chain: HMM | Chain, where: str) -> HMM:
+    """The chain, if it is one of single frames; a UserError otherwise."""
     if not isinstance(chain, HMM):
         raise UserError(f"{where} needs a chain of single frames over all states; not transition=semi_markov or cloned")
     return chain
