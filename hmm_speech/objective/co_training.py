@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hmm_speech.errors import UserError
-from hmm_speech.hmm import HMM, Chunked
+from hmm_speech.hmm import HMM, Banded, Chunked
 from hmm_speech.nn.composition import Composition, observed, reads_frames, score_parts
 from hmm_speech.objective.likelihood import plain_chain
 
@@ -59,6 +59,11 @@ class CoTraining(nn.Module):
         hmm = plain_chain(scores.chain(batch.lengths), "objective=co_training")
         if not isinstance(scores.emission, Tensor):
             raise UserError("objective=co_training needs an emission over all states; emission=cloned has few a frame")
+        if isinstance(scores.transition, Banded):
+            raise UserError(
+                "objective=co_training: transition=banded forbids arcs, but the guess at a state knows nothing of the "
+                "one before; take transition=table or transition=network"
+            )
         log_q_BTN = self.guess(model, batch, scores.emission)
         weight_BTN = self._weights(log_q_BTN)
         inside_BT = torch.arange(log_q_BTN.shape[1], device=log_q_BTN.device) < batch.lengths[:, None]

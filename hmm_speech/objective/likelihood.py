@@ -12,6 +12,7 @@ from hmm_speech.errors import UserError
 from hmm_speech.hmm import HMM
 from hmm_speech.nn.blocks import LogTable
 from hmm_speech.nn.composition import Chain, Composition
+from hmm_speech.nn.topology import ClonedTopology
 
 
 class Likelihood(nn.Module):
@@ -81,6 +82,11 @@ class SemiSupervised(Likelihood):
 
     def __init__(self, parts: Composition, **regularisers: float) -> None:
         super().__init__(parts, **regularisers)
+        if isinstance(parts.topology, ClonedTopology):
+            raise UserError(
+                "objective=semi_supervised: each state of topology=cloned emits one unit, so no label can stand for a "
+                "phone; take topology=full or topology=chain"
+            )
         label_N = parts.topology.label_of(torch.arange(parts.topology.num_states))
         self.register_buffer("label_N", label_N, persistent=False)
 
@@ -89,10 +95,6 @@ class SemiSupervised(Likelihood):
         if batch.phones is None:
             return hmm
         plain_chain(hmm, "objective=semi_supervised")
-        if not isinstance(hmm.emission, Tensor):
-            raise UserError(
-                "objective=semi_supervised needs an emission over all states; emission=cloned has few a frame"
-            )
         if (most := int(batch.phones.max())) > int(self.label_N.max()):
             raise UserError(
                 f"objective=semi_supervised: the corpus has a phone number {most}, but the topology's labels end at "
