@@ -11,14 +11,14 @@
 namespace hmm {
 namespace {
 
-constexpr int kTile = 64, kDepth = 16;
+constexpr int kSide = 64, kDepth = 16;
 
 template <class Real>
 __global__ void __launch_bounds__(256) counts_kernel(hmm_problem p, void *workspace, int64_t frames, const Real *grad, const Real *alpha,
                                                      const Real *u, const int32_t *method, Real *edge) {
   HMM_SHARED_MEMORY(at);
-  Real *left = carve<Real>(at, kDepth * kTile), *right = carve<Real>(at, kDepth * kTile), *part = carve<Real>(at, 256 / kWarp);
-  const int N = p.states, tiles = (N + kTile - 1) / kTile, i0 = blockIdx.x / tiles * kTile, j0 = blockIdx.x % tiles * kTile;
+  Real *left = carve<Real>(at, kDepth * kSide), *right = carve<Real>(at, kDepth * kSide), *part = carve<Real>(at, 256 / kWarp);
+  const int N = p.states, tiles = (N + kSide - 1) / kSide, i0 = blockIdx.x / tiles * kSide, j0 = blockIdx.x % tiles * kSide;
   const int64_t T = p.time, begin = blockIdx.y * frames, end = min(begin + frames, p.batch * T);
   const Arcs<Real> packed = arcs_of<Real>(p, workspace, blockIdx.y);
   // A power of two that brings the largest |grad| near 1, so that products stay in range.
@@ -34,9 +34,9 @@ __global__ void __launch_bounds__(256) counts_kernel(hmm_problem p, void *worksp
     for (int n = 0; n < 4; n++) sum[m][n] = 0;
   for (int64_t first = begin; first < end; first += kDepth) {
     __syncthreads();
-    for (int k = threadIdx.x; k < kDepth * kTile; k += blockDim.x) {
-      const int64_t row = first + k / kTile, b = row / T, t = row % T;
-      const int column = k % kTile;
+    for (int k = threadIdx.x; k < kDepth * kSide; k += blockDim.x) {
+      const int64_t row = first + k / kSide, b = row / T, t = row % T;
+      const int column = k % kSide;
       const bool counted = row < end && t > 0 && t < p.lengths[row < end ? b : 0] && method[row < end ? b : 0] == HMM_SCALED;
       left[k + (HMM_MUTATION == 13)] = counted && i0 + column < N ? alpha[(row - 1) * N + i0 + column] : Real(0);
       right[k] = counted && j0 + column < N ? u[row * N + j0 + column] * ldexp(grad[b], -exponent) : Real(0);
@@ -44,8 +44,8 @@ __global__ void __launch_bounds__(256) counts_kernel(hmm_problem p, void *worksp
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < kDepth; k++) {
-      const Four<Real> x = *reinterpret_cast<const Four<Real> *>(left + k * kTile + i);
-      const Four<Real> y = *reinterpret_cast<const Four<Real> *>(right + k * kTile + j);
+      const Four<Real> x = *reinterpret_cast<const Four<Real> *>(left + k * kSide + i);
+      const Four<Real> y = *reinterpret_cast<const Four<Real> *>(right + k * kSide + j);
       const Real xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
 #pragma unroll
       for (int m = 0; m < 4; m++)
@@ -64,26 +64,30 @@ __global__ void __launch_bounds__(256) counts_kernel(hmm_problem p, void *worksp
       }
 }
 
-constexpr int64_t kMostRanges = 64, kFewestFrames = 256;  // of counts over all sequences
-int64_t frames_a_range(const hmm_problem &p) {
-  if (p.transition_batch_stride) return p.time;
-  const int64_t frames = (p.batch * p.time + kMostRanges - 1) / kMostRanges;
-  return frames < kFewestFrames ? kFewestFrames : frames;
-}
+constexpr int64_t kMostBlocks = 1024, kMostRanges = 64, kFewestFrames = 256;  // of counts over all sequences
 
 }  // namespace
 
+// As many ranges as keep a GPU busy: 64 for N up to 256, then fewer, and one for N above 1,448, whose tiles are enough.
+int64_t frames_a_block(const hmm_problem &p) {
+  if (p.transition_batch_stride) return p.time;
+  const int64_t tiles = (p.states + kSide - 1) / kSide, wanted = kMostBlocks / (tiles * tiles);
+  const int64_t ranges = wanted > kMostRanges ? kMostRanges : wanted > 1 ? wanted : 1;
+  const int64_t frames = (p.batch * p.time + ranges - 1) / ranges;
+  return frames < kFewestFrames ? kFewestFrames : frames;
+}
+
 int64_t count_blocks(const hmm_problem &p) {
-  const int64_t frames = frames_a_range(p);
+  const int64_t frames = frames_a_block(p);
   return frames > 0 ? (p.batch * p.time + frames - 1) / frames : 0;
 }
 
 template <class Real>
 int counts(const hmm_problem &p, const Real *grad, const Real *alpha, const Real *u, const int32_t *method, Real *edge, void *workspace, void *stream) {
-  const unsigned tiles = unsigned((p.states + kTile - 1) / kTile);
-  const size_t shared = 2 * carved<Real>(kDepth * kTile) + carved<Real>(256 / kWarp);
+  const unsigned tiles = unsigned((p.states + kSide - 1) / kSide);
+  const size_t shared = 2 * carved<Real>(kDepth * kSide) + carved<Real>(256 / kWarp);
   return launch(counts_kernel<Real>, dim3(tiles * tiles, unsigned(count_blocks(p))), 256, shared, stream, p, workspace,
-                frames_a_range(p), grad, alpha, u, method, edge);
+                frames_a_block(p), grad, alpha, u, method, edge);
 }
 
 template int counts<float>(const hmm_problem &, const float *, const float *, const float *, const int32_t *, float *, void *, void *);

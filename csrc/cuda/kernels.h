@@ -7,17 +7,23 @@
 
 namespace hmm {
 
-// Messages of hmm_cuda_forward in log space, for any transition. Where `lost_only`, for the sequences whose method is
-// HMM_REDONE; their method, and without `lost_only` every sequence's, becomes HMM_LOG_SPACE.
+// In log space, for transitions that vary over time (log_space.cu): method becomes HMM_LOG_SPACE. edge: (B, T-1, N, N) or null.
 template <class Real>
-int log_space_forward(const hmm_problem &p, bool lost_only, Real *log_partition, Real *alpha, Real *norm, Real *centre,
-                      int32_t *method, void *stream);
+int log_space_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Real *norm, Real *centre, int32_t *method, void *stream);
+template <class Real>
+int log_space_backward(const hmm_problem &p, const Real *grad, const Real *log_partition, const Real *alpha, const Real *norm,
+                       const Real *centre, Real *state, Real *edge, void *stream);
 
-// Posteriors of the sequences whose method is HMM_LOG_SPACE. edge, null to skip: where p.time_varying is 1, (B, T-1, N, N),
-// written; else (groups, N, N), to which the sums over time of `group` consecutive sequences each are added, in order.
+// In log space with messages in float64, for transitions that do not (redo.cu): of the sequences whose method is HMM_REDONE, or of
+// all, whose method becomes that. redo_counts adds to the blocks that `counts` sets, from the posteriors times grad.
 template <class Real>
-int log_space_backward(const hmm_problem &p, int group, const Real *grad, const Real *log_partition, const Real *alpha,
-                       const Real *norm, const Real *centre, const int32_t *method, Real *state, Real *edge, void *stream);
+int redo_forward(const hmm_problem &p, bool all, Real *log_partition, Real *alpha, Real *norm, Real *centre, int32_t *method, void *stream);
+template <class Real>
+int redo_backward(const hmm_problem &p, const Real *grad, const Real *log_partition, const Real *alpha, const Real *norm,
+                  const Real *centre, const int32_t *method, Real *state, void *stream);
+template <class Real>
+int redo_counts(const hmm_problem &p, const Real *alpha, const Real *norm, const Real *centre, const int32_t *method,
+                const Real *state, Real *edge, void *stream);
 
 // Arcs and weights for a scaled sweep (prepare.cu): w (B, T, N) from the emissions and their centres (B, T), which are found
 // or given. The workspace begins with the arcs.
@@ -26,6 +32,7 @@ template <class Real> int prepare(const hmm_problem &p, bool find_centres, Real 
 // Counts of a scaled sweep (counts.cu): count_blocks(p) blocks (N, N) whose sum is that of all sequences, or one block for each
 // sequence where transition_batch_stride is not 0. u: (B, T, N), as the sweeps leave it.
 int64_t count_blocks(const hmm_problem &p);
+int64_t frames_a_block(const hmm_problem &p);
 template <class Real>
 int counts(const hmm_problem &p, const Real *grad, const Real *alpha, const Real *u, const int32_t *method, Real *edge,
            void *workspace, void *stream);
@@ -60,7 +67,7 @@ int steps_backward(const hmm_problem &p, int64_t t, const Real *grad, const Real
 template <class Real> int viterbi(const hmm_problem &p, Real *score, int16_t *pointers, int64_t *states, void *stream);
 
 template <class Real>
-int sample(const hmm_problem &p, int64_t samples, const Real *log_partition, const Real *alpha, const int32_t *method,
+int sample(const hmm_problem &p, int64_t samples, const Real *log_partition, const Real *alpha, const Real *norm, const int32_t *method,
            const Real *uniform, int64_t *states, void *stream);
 
 }  // namespace hmm

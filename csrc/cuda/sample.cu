@@ -3,8 +3,8 @@
 //   z_{L-1} ~ alpha_{L-1},   z_{t-1} with probability proportional to w(i) = exp(log alpha_{t-1}(i) + phi_t(i, z_t))
 //   z = the first i with w(0) + ... + w(i) > u sum_i w(i), where w(i) > 0
 //
-// A warp walks a path, S B of them. Messages are logarithms (HMM_LOG_SPACE) or scaled probabilities (HMM_SCALED, where a
-// column's exponentials are taken from its maximum). Sums are over 32 states at once, in the scores' type, and over those in
+// A warp walks a path, S B of them. Messages are logarithms (HMM_LOG_SPACE; HMM_REDONE, in two numbers) or scaled probabilities
+// (HMM_SCALED, where a column's exponentials are taken from its maximum). Sums are over 32 states at once, in the scores' type, and over those in
 // float64, so that the same numbers give the states that the CPU's kernel draws, but where rounding decides.
 // Cost a frame and path: N scores gathered, one 32-byte sector each from N rows (from the caches, where arcs are shared),
 // N messages and N exponentials; 5 shuffles for the maximum, 5 for 32 states, 5 for the state within these. No barriers.
@@ -22,23 +22,28 @@ template <class Real> size_t walk_bytes(int64_t N) { return carved<Real>(N) + ca
 
 // The state of a frame; arcs: a column of scores, N apart, or null at the end. weight (N), sums (N / 32): the warp's own.
 template <class Real>
-__device__ __forceinline__ int draw(const Real *alpha, const Real *arcs, bool scaled, int N, Real uniform, Real *weight, double *sums) {
+__device__ __forceinline__ int draw(const Real *alpha, const Real *rest, const Real *arcs, bool scaled, int N, Real uniform, Real *weight,
+                                    double *sums) {
   const Real ninf = negative_infinity<Real>();
   const int lane = threadIdx.x % kWarp, blocks = (N + kWarp - 1) / kWarp;
   Real top = ninf;
 #pragma unroll 2
   for (int i = lane; i < N; i += kWarp) {
-    const Real score = arcs ? arcs[int64_t(i) * N] : Real(0);
-    weight[i] = score;
+    Real score = arcs ? arcs[int64_t(i) * N] : Real(0);
     top = fmax(top, scaled ? score : score + alpha[i]);
+    weight[i] = score;
   }
   top = or_zero(warp_max(top));
+  const auto weigh = [&](int i) {
+    if (scaled) return exp(weight[i] - top) * alpha[i];
+    return exp(Real((double(weight[i]) - double(top)) + (double(alpha[i]) + (rest ? double(rest[i]) : 0))));
+  };
   double total = 0;
 #pragma unroll 1
   for (int k = 0; k < blocks; k++) {
     const int i = k * kWarp + lane;
     Real w = 0;
-    if (i < N) weight[i] = w = scaled ? exp(weight[i] - top) * alpha[i] : exp((weight[i] - top) + alpha[i]);
+    if (i < N) weight[i] = w = weigh(i);
     total += double(warp_sum(w));
     if (lane == 0) sums[k] = total;
   }
@@ -63,8 +68,8 @@ __device__ __forceinline__ int draw(const Real *alpha, const Real *arcs, bool sc
 
 template <class Real>
 __global__ void __launch_bounds__(kMostWalks * kWarp, 4)
-    sample_kernel(hmm_problem p, int64_t samples, const Real *log_partition, const Real *alpha, const int32_t *method, const Real *uniform,
-                  int64_t *states) {
+    sample_kernel(hmm_problem p, int64_t samples, const Real *log_partition, const Real *alpha, const Real *norm, const int32_t *method,
+                  const Real *uniform, int64_t *states) {
   HMM_SHARED_MEMORY(memory);
   const int N = int(p.states), lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   Real *weight = nullptr;
@@ -77,9 +82,9 @@ __global__ void __launch_bounds__(kMostWalks * kWarp, 4)
   const int64_t walk = int64_t(blockIdx.x) * (blockDim.x / kWarp) + warp, b = walk % p.batch;  // walk: [sample, b]
   if (walk >= samples * p.batch) return;  // the whole warp
   const Sequence<Real> q(p, b);
-  const bool feasible = log_partition[b] - log_partition[b] == 0, scaled = method[b] == HMM_SCALED;
+  const bool feasible = log_partition[b] - log_partition[b] == 0, scaled = method[b] == HMM_SCALED, in_two = method[b] == HMM_REDONE;
   const int64_t length = feasible ? q.length : 0;
-  alpha += b * p.time * N, uniform += walk * p.time, states += walk * p.time;
+  alpha += b * p.time * N, norm += b * p.time * N, uniform += walk * p.time, states += walk * p.time;
 
   for (int64_t t = length + lane; t < p.time; t += kWarp) states[t] = -1;
   int state = 0, mine = 0;
@@ -88,7 +93,7 @@ __global__ void __launch_bounds__(kMostWalks * kWarp, 4)
     const int64_t frame = t - t % kWarp + lane;
     if (t == length - 1 || t % kWarp == kWarp - 1) u = frame <= t ? uniform[frame] : Real(0);
     const Real *const arcs = t < length - 1 ? q.arcs(t + 1) + state : nullptr;
-    state = draw(alpha + t * N, arcs, scaled, N, __shfl_sync(kAllLanes, u, int(t % kWarp)), weight, sums);
+    state = draw(alpha + t * N, in_two ? norm + t * N : nullptr, arcs, scaled, N, __shfl_sync(kAllLanes, u, int(t % kWarp)), weight, sums);
     if (frame == t) mine = state;
     if (t % kWarp == 0 && frame < length) states[frame] = mine;
   }
@@ -97,16 +102,16 @@ __global__ void __launch_bounds__(kMostWalks * kWarp, 4)
 }  // namespace
 
 template <class Real>
-int sample(const hmm_problem &p, int64_t samples, const Real *log_partition, const Real *alpha, const int32_t *method,
+int sample(const hmm_problem &p, int64_t samples, const Real *log_partition, const Real *alpha, const Real *norm, const int32_t *method,
            const Real *uniform, int64_t *states, void *stream) {
   const int64_t walks = samples * p.batch;
   if (walks == 0) return HMM_OK;
   const int warps = int(max(size_t(1), min(size_t(kMostWalks), 48 * 1024 / walk_bytes<Real>(p.states))));
   return launch(sample_kernel<Real>, dim3(unsigned((walks + warps - 1) / warps)), warps * kWarp, warps * walk_bytes<Real>(p.states), stream, p,
-                samples, log_partition, alpha, method, uniform, states);
+                samples, log_partition, alpha, norm, method, uniform, states);
 }
 
-template int sample<float>(const hmm_problem &, int64_t, const float *, const float *, const int32_t *, const float *, int64_t *, void *);
-template int sample<double>(const hmm_problem &, int64_t, const double *, const double *, const int32_t *, const double *, int64_t *, void *);
+template int sample<float>(const hmm_problem &, int64_t, const float *, const float *, const float *, const int32_t *, const float *, int64_t *, void *);
+template int sample<double>(const hmm_problem &, int64_t, const double *, const double *, const double *, const int32_t *, const double *, int64_t *, void *);
 
 }  // namespace hmm

@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-#define HMM_ABI_VERSION 3
+#define HMM_ABI_VERSION 4
 #define HMM_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -231,9 +231,9 @@ HMM_API int hmm_low_rank_backward_f64(const hmm_low_rank *, const double *grad, 
 
 /* The same on a GPU, in libraries that were built with nvcc only: the pointers are to memory of the current device, also
  * `lengths`; work is put on `stream` (a cudaStream_t) and not waited for, so that values of lengths are not checked.
- * N is at most HMM_CUDA_MOST_STATES. alpha, norm and centre are as above, but norm (B, T, N) is always needed: method is
- * HMM_SCALED, or HMM_LOG_SPACE also for sequences of a shared transition that could not be certified. transition_time_stride
- * is 0 where time_varying is, threads and sharing are not looked at. `workspace` is hmm_cuda_workspace() bytes, from
+ * N is at most HMM_CUDA_MOST_STATES. alpha, norm and centre are as above, but norm (B, T, N) is always needed, and HMM_REDONE is
+ * in log space: alpha + norm, as float64, are log messages whose maximum is 0 to centre's rounding, and centre is what was taken
+ * out of a frame. transition_time_stride is 0 where time_varying is, threads and sharing are not looked at. `workspace` is hmm_cuda_workspace() bytes, from
  * whose start on nothing is kept between calls. */
 #define HMM_CUDA_MOST_STATES 4096
 enum hmm_cuda_pass { HMM_CUDA_FORWARD = 0, HMM_CUDA_BACKWARD = 1 };
@@ -282,9 +282,9 @@ HMM_API int hmm_cuda_steps_back_end_f64(const hmm_problem *, const double *grad,
 HMM_API int hmm_cuda_viterbi_f32(const hmm_problem *, float *score, int16_t *pointers, int64_t *states, void *stream);
 HMM_API int hmm_cuda_viterbi_f64(const hmm_problem *, double *score, int16_t *pointers, int64_t *states, void *stream);
 HMM_API int hmm_cuda_sample_f32(const hmm_problem *, int64_t samples, const float *log_partition, const float *alpha,
-                                const int32_t *method, const float *uniform, int64_t *states, void *stream);
+                                const float *norm, const int32_t *method, const float *uniform, int64_t *states, void *stream);
 HMM_API int hmm_cuda_sample_f64(const hmm_problem *, int64_t samples, const double *log_partition, const double *alpha,
-                                const int32_t *method, const double *uniform, int64_t *states, void *stream);
+                                const double *norm, const int32_t *method, const double *uniform, int64_t *states, void *stream);
 
 HMM_API int hmm_abi_version(void);
 HMM_API const char *hmm_instruction_set(void);    /* "avx512", "avx2" or "portable": what the running CPU got */

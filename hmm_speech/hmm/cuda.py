@@ -153,11 +153,11 @@ def viterbi(initial, transition, emission, lengths, final):
 
 
 def sample(initial, transition, emission, lengths, final, uniform):
-    log_partition, alpha, _, _, method = forward(initial, transition, emission, lengths, final)
+    log_partition, alpha, norm, _, method = forward(initial, transition, emission, lengths, final)
     call = Call(initial, transition, emission, lengths, final)
     states = call.empty(*uniform.shape, dtype=torch.int64)
     with call.on_stream() as run:
-        run("sample", uniform.shape[0], log_partition, alpha, method, uniform.contiguous(), states)
+        run("sample", uniform.shape[0], log_partition, alpha, norm, method, uniform.contiguous(), states)
     return states
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 REDONE = 1  # HMM_REDONE
 BY_SEQUENCES, BY_ENDS, BY_STEPS = 0, 1, 2  # enum hmm_sharing
 CUDA_MOST_STATES = 4096  # HMM_CUDA_MOST_STATES
@@ -148,7 +148,7 @@ def declare_cuda(handle: ctypes.CDLL) -> ctypes.CDLL:
     counts = {"forward": 7, "backward": 10, "viterbi": 4}
     counts |= {"steps_begin": 4, "steps_end": 7, "steps_back_begin": 3, "steps_back_end": 10}
     declared = {name: [problem] + [pointer] * count for name, count in counts.items()}
-    for name, count in {"sample": 6, "steps_forward": 6, "steps_backward": 9}.items():
+    for name, count in {"sample": 7, "steps_forward": 6, "steps_backward": 9}.items():
         declared[name] = [problem, ctypes.c_int64] + [pointer] * count
     for name, types in declared.items():
         for suffix in ("f32", "f64"):

@@ -91,6 +91,9 @@ NOTICED_BY = {
     1: ("thread", "exercise_log_space"),  # a barrier removed
     2: ("address", "exercise_log_space"),  # an index off by one
     3: ("address", "exercise_log_space"),  # a wait for copies dropped: wrong numbers
+    4: ("thread", "exercise_log_space"),  # a barrier removed, done again: forward
+    5: ("thread", "exercise_log_space"),  # and backward
+    6: ("address", "exercise_log_space"),  # an index off by one, in the counts
     11: ("thread", "exercise"),  # a barrier removed, forward
     12: ("thread", "exercise"),  # a barrier removed, backward
     13: ("address", "exercise_steps"),  # an index off by one

@@ -116,7 +116,7 @@ template <class Real> struct Exercise {
     std::uniform_real_distribution<double> unit;
     for (Real &u : uniform) u = std::min(Real(unit(random)), Real(0.999));
     CHECK(F::viterbi(&p, score.data(), pointers.data(), states.data(), nullptr) == HMM_OK);
-    CHECK(F::sample(&p, S, log_partition.data(), alpha.data(), method.data(), uniform.data(), drawn.data(), nullptr) == HMM_OK);
+    CHECK(F::sample(&p, S, log_partition.data(), alpha.data(), norm.data(), method.data(), uniform.data(), drawn.data(), nullptr) == HMM_OK);
 
     std::vector<double> expected_edge(edge.size());
     for (int64_t b = 0; b < B; b++) {

@@ -88,7 +88,7 @@ template <class Real> void exercise(int64_t N, double forbidden, double scale) {
   close(steps.log_partition, x.log_partition);
   close(steps.state, x.state);
   close(steps.edge, x.edge);
-  for (int64_t b = 0; b < B; b++) CHECK(steps.method[b] == (scale < 100 ? HMM_SCALED : b == 1 ? HMM_SCALED : HMM_LOG_SPACE));
+  for (int64_t b = 0; b < B; b++) CHECK(steps.method[b] == (scale < 100 ? HMM_SCALED : b == 1 ? HMM_SCALED : HMM_REDONE));
 }
 
 }  // namespace
