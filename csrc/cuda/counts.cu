@@ -2,6 +2,9 @@
 //
 //   counts(i, j) = A(i, j) sum_t a_{t-1}(i) u_t(j) grad,      u_t = 2^k_t w_t b_t
 //
+// In the second half of a sequence that was walked from both ends, messages from the end stand for u_t, and 2^k_t w_t a_t, which
+// the backward pass leaves, for a_t; where the halves meet both are as they were, and 1 / Z' makes them a posterior.
+//
 // A block computes a tile of 64 by 64, a thread 4 by 4, from 16 frames at a time in shared memory. The grid's second axis
 // takes ranges of frames of all sequences, whose blocks are added up afterwards, in order; or a sequence each, where each has
 // transitions of its own. 2 N^2 flops and 8 N bytes a frame (float); 32 flops a number read from shared memory. Frames of
@@ -15,7 +18,7 @@ constexpr int kSide = 64, kDepth = 16;
 
 template <class Real>
 __global__ void __launch_bounds__(256) counts_kernel(hmm_problem p, void *workspace, int64_t frames, const Real *grad, const Real *alpha,
-                                                     const Real *u, const int32_t *method, Real *edge) {
+                                                     const Real *norm, const Real *u, const int32_t *method, Real *edge) {
   HMM_SHARED_MEMORY(at);
   Real *left = carve<Real>(at, kDepth * kSide), *right = carve<Real>(at, kDepth * kSide), *part = carve<Real>(at, 256 / kWarp);
   const int N = p.states, tiles = (N + kSide - 1) / kSide, i0 = blockIdx.x / tiles * kSide, j0 = blockIdx.x % tiles * kSide;
@@ -37,9 +40,13 @@ __global__ void __launch_bounds__(256) counts_kernel(hmm_problem p, void *worksp
     for (int k = threadIdx.x; k < kDepth * kSide; k += blockDim.x) {
       const int64_t row = first + k / kSide, b = row / T, t = row % T;
       const int column = k % kSide;
-      const bool counted = row < end && t > 0 && t < p.lengths[row < end ? b : 0] && method[row < end ? b : 0] == HMM_SCALED;
-      left[k + (HMM_MUTATION == 13)] = counted && i0 + column < N ? alpha[(row - 1) * N + i0 + column] : Real(0);
-      right[k] = counted && j0 + column < N ? u[row * N + j0 + column] * ldexp(grad[b], -exponent) : Real(0);
+      const int32_t how = row < end ? method[b] : HMM_REDONE;
+      const int64_t L = row < end ? p.lengths[b] : 0, middle = meeting(L, how == HMM_BOTH_ENDS);
+      const bool counted = t > 0 && t < L && (how == HMM_SCALED || how == HMM_BOTH_ENDS);
+      const Real *from = t <= middle + (HMM_MUTATION == 17) ? alpha : u, *to = t < middle ? u : alpha;
+      left[k + (HMM_MUTATION == 13)] = counted && i0 + column < N ? from[(row - 1) * N + i0 + column] : Real(0);
+      const Real factor = counted ? ldexp(grad[b], -exponent) * (t == middle ? norm[b * T * N] : Real(1)) : Real(0);
+      right[k] = counted && j0 + column < N ? to[row * N + j0 + column] * factor : Real(0);
     }
     __syncthreads();
 #pragma unroll
@@ -83,14 +90,14 @@ int64_t count_blocks(const hmm_problem &p) {
 }
 
 template <class Real>
-int counts(const hmm_problem &p, const Real *grad, const Real *alpha, const Real *u, const int32_t *method, Real *edge, void *workspace, void *stream) {
+int counts(const hmm_problem &p, const Real *grad, const Real *alpha, const Real *norm, const Real *u, const int32_t *method, Real *edge, void *workspace, void *stream) {
   const unsigned tiles = unsigned((p.states + kSide - 1) / kSide);
   const size_t shared = 2 * carved<Real>(kDepth * kSide) + carved<Real>(256 / kWarp);
   return launch(counts_kernel<Real>, dim3(tiles * tiles, unsigned(count_blocks(p))), 256, shared, stream, p, workspace,
-                frames_a_block(p), grad, alpha, u, method, edge);
+                frames_a_block(p), grad, alpha, norm, u, method, edge);
 }
 
-template int counts<float>(const hmm_problem &, const float *, const float *, const float *, const int32_t *, float *, void *, void *);
-template int counts<double>(const hmm_problem &, const double *, const double *, const double *, const int32_t *, double *, void *, void *);
+template int counts<float>(const hmm_problem &, const float *, const float *, const float *, const float *, const int32_t *, float *, void *, void *);
+template int counts<double>(const hmm_problem &, const double *, const double *, const double *, const double *, const int32_t *, double *, void *, void *);
 
 }  // namespace hmm

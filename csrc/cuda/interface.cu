@@ -64,7 +64,7 @@ int finish(const hmm_problem &p, const Real *u, const Real *grad, const Real *lo
   if (edge && in_blocks(p)) counted = reinterpret_cast<Real *>(static_cast<char *>(workspace) + Workspace<Real>(p, true).for_scaled);
   int status = redo_backward(p, grad, log_partition, alpha, norm, centre, method, state, stream);
   if (status || !edge) return status;
-  if (u) status = counts(p, grad, alpha, u, method, counted, workspace, stream);
+  if (u) status = counts(p, grad, alpha, norm, u, method, counted, workspace, stream);
   else status = fill_zeros(counted, size_t((summed_over_batch(p) ? 1 : p.batch) * arcs) * sizeof(Real) * (counted == edge ? 1 : size_t(blocks)), stream);
   if (!status && blocks) status = redo_counts(p, alpha, norm, centre, method, static_cast<const Real *>(state), counted, stream);
   if (status || counted == edge) return status;
@@ -129,7 +129,7 @@ template <class Real> bool valid_step(const hmm_problem *p, int64_t t) {
   int hmm_cuda_steps_end_##suffix(const hmm_problem *p, Real *log_partition, Real *alpha, Real *norm, Real *centre,      \
                                   int32_t *method, void *workspace, void *stream) {                                      \
     if (!hmm::valid_step<Real>(p, 0)) return HMM_INVALID_ARGUMENT;                                                       \
-    const int status = hmm::steps_end<Real>(*p, log_partition, centre, method, workspace, stream);                       \
+    const int status = hmm::steps_end<Real>(*p, log_partition, alpha, norm, centre, method, workspace, stream);                       \
     return status ? status : hmm::redo_forward(*p, false, log_partition, alpha, norm, centre, method, stream);       \
   }                                                                                                                      \
   int hmm_cuda_steps_back_begin_##suffix(const hmm_problem *p, const Real *centre, void *workspace, void *stream) {      \

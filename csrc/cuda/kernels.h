@@ -29,17 +29,23 @@ int redo_counts(const hmm_problem &p, const Real *alpha, const Real *norm, const
 // or given. The workspace begins with the arcs.
 template <class Real> int prepare(const hmm_problem &p, bool find_centres, Real *centre, Real *w, void *workspace, void *stream);
 
+// What the walks of a forward pass end in (join.cu): log Z, method, and 1 / Z of the scaled messages in norm[b, 0, 0].
+struct Carried;
+template <class Real>
+int join(const hmm_problem &p, const Carried *carried, Real *log_partition, const Real *alpha, Real *norm, const Real *centre,
+         int32_t *method, void *workspace, void *stream);
+
 // Counts of a scaled sweep (counts.cu): count_blocks(p) blocks (N, N) whose sum is that of all sequences, or one block for each
 // sequence where transition_batch_stride is not 0. u: (B, T, N), as the sweeps leave it.
 int64_t count_blocks(const hmm_problem &p);
 int64_t frames_a_block(const hmm_problem &p);
 template <class Real>
-int counts(const hmm_problem &p, const Real *grad, const Real *alpha, const Real *u, const int32_t *method, Real *edge,
+int counts(const hmm_problem &p, const Real *grad, const Real *alpha, const Real *norm, const Real *u, const int32_t *method, Real *edge,
            void *workspace, void *stream);
 
 // Scaled probabilities (scaled.cu), for transitions that do not vary over time and N of at most scaled_states<Real>().
-// Forward sets method to HMM_SCALED, or to HMM_REDONE where the result is not certified. Backward does the sequences of
-// HMM_SCALED and leaves scaled_messages, what `counts` takes as u, in the workspace of scaled_workspace(p, backward) bytes.
+// Forward sets method to HMM_SCALED, where p.sharing is HMM_BY_ENDS to HMM_BOTH_ENDS, or to HMM_REDONE where the result is not
+// certified. Backward does those that are not HMM_REDONE and leaves scaled_messages, what `counts` takes as u, in the workspace of scaled_workspace(p, backward) bytes.
 template <class Real> int64_t scaled_states();
 template <class Real> size_t scaled_workspace(const hmm_problem &p, bool backward);
 template <class Real> Real *scaled_messages(const hmm_problem &p, void *workspace);
@@ -58,7 +64,7 @@ template <class Real> int steps_begin(const hmm_problem &p, Real *alpha, Real *c
 template <class Real>
 int steps_forward(const hmm_problem &p, int64_t t, const Real *product, Real *message, Real *alpha, Real *norm, void *workspace, void *stream);
 template <class Real>
-int steps_end(const hmm_problem &p, Real *log_partition, const Real *centre, int32_t *method, void *workspace, void *stream);
+int steps_end(const hmm_problem &p, Real *log_partition, const Real *alpha, Real *norm, const Real *centre, int32_t *method, void *workspace, void *stream);
 template <class Real> int steps_back_begin(const hmm_problem &p, const Real *centre, void *workspace, void *stream);
 template <class Real>
 int steps_backward(const hmm_problem &p, int64_t t, const Real *grad, const Real *product, Real *message, const Real *alpha,

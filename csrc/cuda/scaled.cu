@@ -112,100 +112,90 @@ template <int K, class Real> struct Rows {
 
 constexpr int threads_of(int64_t N) { return int((N + kOwners - 1) / kOwners) * kWarp; }
 
-// One block a sequence. alpha holds w and gets a; norm[b, t, 0] gets 2^k_t.
+// What a_0 is of this lane's state, before its weight: exp of the initial score; from the end, 1. Two barriers.
+template <class Real> __device__ __forceinline__ Real first_number(Real initial, bool owner, bool from_end, Real *part) {
+  const Real ninf = negative_infinity<Real>();
+  Real top = block_max(owner && !from_end ? initial : ninf, part);
+  if (top == ninf) top = 0;
+  return !owner ? Real(0) : from_end ? Real(1) : weight(initial, Real(0), top);
+}
+
+// One block a walk: the grid's second axis has the halves. alpha holds w and gets a (from the end, b); norm[b, t, 0] gets 2^k_t.
 template <int K, class Real>
-__global__ void __launch_bounds__(64 * K, 1)
-    forward_kernel(hmm_problem p, void *workspace, Real *log_partition, Real *alpha, Real *norm, const Real *centre, int32_t *method) {
+__global__ void __launch_bounds__(64 * K, 1) forward_kernel(hmm_problem p, void *workspace, Real *alpha, Real *norm, Carried *carried) {
   HMM_SHARED_MEMORY(at);
   const Rows<K, Real> rows(at);
   Real *reduced = carve<Real>(at, 2 * K);
-  double *taken = carve<double>(at, 2 * K);
   int32_t *flags = carve<int32_t>(at, 2 * K);
-  const int N = p.states, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int N = p.states, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int share = lane % kShare, j = warp * kOwners + lane / kShare;
-  const bool owner = j < N, writer = owner && share == 0;
-  const int64_t b = blockIdx.x, L = p.lengths[b];
+  const bool owner = j < N, writer = owner && share == 0, from_end = blockIdx.y == 1;
+  const int64_t b = blockIdx.x;
+  const Walk walk = walk_from_ends(p.lengths[b], gridDim.y == 2, from_end);
+  if (walk.frames == 0) return;  // the whole block
   const Arcs<Real> packed = arcs_of<Real>(p, workspace, b);
-  const Real ninf = negative_infinity<Real>();
+  carried += 2 * b + from_end;
 
-  Real arcs[4 * K];  // of column j
-  hold<K>(packed.arcs + j, N, owner ? N : 0, share, arcs);
+  Real arcs[4 * K];  // of column j, or row
+  hold<K>(packed.arcs + (from_end ? j * N : j), from_end ? 1 : N, owner ? N : 0, share, arcs);
   rows.clear();
-  const Real *initial = static_cast<const Real *>(p.initial) + b * p.initial_batch_stride;
-  Real initial_top = block_max(owner ? initial[j] : ninf, reduced);
-  if (initial_top == ninf) initial_top = 0;
-  const Real *final = p.final ? static_cast<const Real *>(p.final) + b * p.final_batch_stride : nullptr;
-  Real final_top = block_max(owner && final ? final[j] : ninf, reduced);
-  if (final_top == ninf) final_top = 0;
   const bool mixing = packed.certificate->mixing;
-  const Real least = packed.certificate->least, arcs_top = packed.certificate->top;
-  const Real smallest = ldexp(Real(1), Range<Real>::kEntryBits);
+  const Real least = packed.certificate->least, smallest = ldexp(Real(1), Range<Real>::kEntryBits);
   bool lost = !packed.certificate->usable;
 
-  Real *row = alpha + b * p.time * N + (owner ? j : 0);  // of step t
-  Real *scales = norm + b * p.time * N;
-  const int64_t ahead = 4 * int64_t(N);
-  const auto weight_of = [&](int64_t t) { return owner && t < L ? row[t * N] : Real(0); };
+  const int64_t stride = walk.step * N, n = walk.frames, ahead = 4 * stride;
+  Real *row = alpha + (b * p.time + walk.first) * N + (owner ? j : 0);  // of step s
+  Real *scales = norm + (b * p.time + walk.first) * N;
+  const auto weight_of = [&](int64_t s) { return owner && s < n ? row[s * stride] : Real(0); };
   Real a = 0;  // a_t of column j, alike in its lanes
   int64_t exponents = 0;
-  // Hands on a_t and goes on to a_{t+1}; w holds w_{t+1}, then w_{t+4}. Returns false after the last frame.
-  const auto step = [&](int64_t t, Real &w) {
-    if (writer) {
-      rows.message(t)[j] = a;
-      *row = a;
-    }
+  // Hands on a_t and goes on to the next frame; w holds its weight, then that of 3 frames later. Returns false after the last one.
+  const auto step = [&](int64_t s, Real &w) {
+    if (writer) rows.message(s)[j] = *row = a;
     const Real sum = sum_of_owners(a);
-    if (lane == 0) rows.part(t)[warp] = sum;
+    if (lane == 0) rows.part(s)[warp] = sum;
 #if HMM_MUTATION != 11
     __syncthreads();
 #endif
-    const Real total = sum_of_warps<K>(rows.part(t));
+    const Real total = sum_of_warps<K>(rows.part(s));
     lost |= !(total >= least);
-    if (t == L - 1) {
-      if (threadIdx.x == 0) log_partition[b] = total;  // for the end below
+    if (s == n - 1) {
+      if (threadIdx.x == 0) carried->total = double(total);
       return false;
     }
     const int up = correction(total);
     const Real scale = up ? ldexp(Real(1), up) : Real(1);
     exponents += up;
-    a = product<K>(arcs, rows.message(t), share) * w * scale;
-    scales += N;
+    a = product<K>(arcs, rows.message(s), share) * w * scale;
+    scales += stride;
     if (threadIdx.x == 0) *scales = scale;
     if (!mixing) {
       const bool suspect = a < smallest * scale && w > 0;
-      if (__any_sync(kAllLanes, suspect)) lost |= reachable<K>(arcs, rows.message(t), share) && suspect;
+      if (__any_sync(kAllLanes, suspect)) lost |= reachable<K>(arcs, rows.message(s), share) && suspect;
     }
-    w = owner && t + 4 < L ? row[ahead] : Real(0);
-    row += N;
+    w = owner && s + 4 < n ? row[ahead] : Real(0);
+    row += stride;
     return true;
   };
-  if (L > 0) {
-    Real w_0 = weight_of(0), w_1 = weight_of(1), w_2 = weight_of(2);
-    const Real start = owner ? weight(initial[j], Real(0), initial_top) : Real(0);
-    a = start * ldexp(Real(1), kTopBits) * w_0;
-    lost |= !mixing && a < smallest && start > 0 && w_0 > 0;
-    w_0 = weight_of(3);
-    __syncwarp();  // the writer of a column puts a_0 where its lanes have read w_0
-    for (int64_t t = 0; step(t, w_1) && step(t + 1, w_2) && step(t + 2, w_0); t += 3) {
-    }
+  Real w_0 = weight_of(0), w_1 = weight_of(1), w_2 = weight_of(2);
+  const Real *initial = static_cast<const Real *>(p.initial) + b * p.initial_batch_stride;
+  const Real start = first_number(initial[owner ? j : 0], owner, from_end, reduced);
+  a = start * ldexp(Real(1), kTopBits) * w_0;
+  lost |= !mixing && a < smallest && start > 0 && w_0 > 0;
+  w_0 = weight_of(3);
+  __syncwarp();  // the writer of a column puts a_0 where its lanes have read w_0
+  for (int64_t s = 0; step(s, w_1) && step(s + 1, w_2) && step(s + 2, w_0); s += 3) {
   }
-  // What was taken out of log Z.
-  double part = 0;
-  for (int64_t t = threadIdx.x; t < L; t += blockDim.x) part += double(centre[b * p.time + t]) + (t ? double(arcs_top) : 0);
-  part = warp_sum(part);
   const bool any = __any_sync(kAllLanes, lost);
-  if (lane == 0) taken[warp] = part, flags[warp] = any;
+  if (lane == 0) flags[warp] = any;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    double all = L > 0 ? double(initial_top) + (final ? double(final_top) : 0) - double(kTopBits + exponents) * kLn2 : 0;
-    int32_t redo = 0;
-    for (int q = 0; q < warps; q++) all += taken[q], redo |= flags[q];
-    method[b] = L > 0 && redo ? HMM_REDONE : HMM_SCALED;
-    log_partition[b] = L > 0 ? Real(all + log(double(log_partition[b]))) : Real(0);
-  }
+  if (threadIdx.x != 0) return;  // no barrier follows
+  int32_t redo = 0;
+  for (int q = 0; q < int(blockDim.x / kWarp); q++) redo |= flags[q];
+  carried->exponents = exponents, carried->lost = redo;
 }
 
-// One block a sequence. w holds w_t and gets 2^k_t w_t b_t, what the counts need.
+// One block a walk. w holds w_t and gets 2^k_t w_t b_t (the second half: 2^k_t w_t a_t), what the counts need.
 template <int K, class Real>
 __global__ void __launch_bounds__(64 * K, 1)
     backward_kernel(hmm_problem p, void *workspace, const Real *grad, const Real *alpha, const Real *norm, const int32_t *method, Real *w, Real *state) {
@@ -213,57 +203,59 @@ __global__ void __launch_bounds__(64 * K, 1)
   const Rows<K, Real> rows(at);
   const int N = p.states, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int share = lane % kShare, i = warp * kOwners + lane / kShare;
-  const bool owner = i < N, writer = owner && share == 0;
+  const bool owner = i < N, writer = owner && share == 0, to_end = blockIdx.y == 1;
   const int64_t b = blockIdx.x, L = p.lengths[b], T = p.time;
-  if (method[b] != HMM_SCALED) return;  // the whole block
+  if (method[b] != HMM_SCALED && method[b] != HMM_BOTH_ENDS) return;  // the whole block
+  const Walk walk = walk_to_ends(L, method[b] == HMM_BOTH_ENDS, to_end);
+  if (writer && !to_end)
+    for (int64_t t = L; t < T; t++) state[(b * T + t) * N + i] = 0;
+  if (walk.frames == 0) return;  // the whole block
   const Arcs<Real> packed = arcs_of<Real>(p, workspace, b);
 
-  Real arcs[4 * K];  // of row i
-  hold<K>(packed.arcs + i * N, 1, owner ? N : 0, share, arcs);
+  Real arcs[4 * K];  // of row i, or column
+  hold<K>(packed.arcs + (to_end ? i : i * N), to_end ? N : 1, owner ? N : 0, share, arcs);
   rows.clear();
-  const int64_t first = b * T * N + (owner ? i : 0);
-  if (writer)
-    for (int64_t t = L; t < T; t++) state[first + t * N] = 0;
-  const auto number_of = [&](const Real *x, int64_t t) { return owner && t >= 0 ? x[first + t * N] : Real(0); };
-  const auto scale_of = [&](int64_t t) { return t > 0 && t < L ? norm[(b * T + t) * N] : Real(1); };
+  const int64_t n = walk.frames, stride = walk.step * N, ahead = 3 * stride;
+  int64_t own = (b * T + walk.first) * N + (owner ? i : 0), own_scale = (b * T + walk.first) * N;
+  const auto number_of = [&](const Real *x, int64_t s) { return owner && s < n ? x[own + s * stride] : Real(0); };
+  const auto scale_of = [&](int64_t s) { return s < n - 1 ? norm[own_scale + s * stride] : Real(1); };
   const Real upstream = grad[b];
-  Real a_0 = number_of(alpha, L - 1), a_1 = number_of(alpha, L - 2), a_2 = number_of(alpha, L - 3);
-  Real v_0 = number_of(w, L - 1), v_1 = number_of(w, L - 2), v_2 = number_of(w, L - 3);
-  Real scale_0 = scale_of(L - 1), scale_1 = scale_of(L - 2), scale_2 = scale_of(L - 3);
+  Real a_0 = number_of(alpha, 0), a_1 = number_of(alpha, 1), a_2 = number_of(alpha, 2);
+  Real v_0 = number_of(w, 0), v_1 = number_of(w, 1), v_2 = number_of(w, 2);
+  Real scale_0 = scale_of(0), scale_1 = scale_of(1), scale_2 = scale_of(2);
+  Real later = norm[b * T * N];  // 1 / Z; then 2^k of the frame before
   __syncthreads();
-  const Real last = sum_of_owners(a_0);
-  if (lane == 0) rows.part(L)[warp] = last;
+  if (writer && walk.meets) rows.message(-1)[i] = alpha[own - stride];
+#if HMM_MUTATION != 15
   __syncthreads();
-  Real later = Real(1) / sum_of_warps<K>(rows.part(L));  // 2^k_{t+1}; of the last message, its sum's inverse
+#endif
 
-  int64_t own = first + (L - 1) * N, own_scale = (b * T + L - 1) * N;
-  const int64_t ahead = 3 * int64_t(N);
-  // gamma_t and what the step before needs; a, v and scale hold those of t, then those of t - 3. Returns false after frame 0.
-  const auto step = [&](int64_t t, Real &a, Real &v, Real &scale) {
-    const Real g = t == L - 1 ? Real(1) : sum_of_warps<K>(rows.part(t + 1));
-    Real y = product<K>(arcs, rows.message(t + 1), share);
-    if (t == L - 1) y = 1;
+  // gamma_t and what the next frame needs; a, v and scale hold those of t, then of 3 frames later. Returns false after the last.
+  const auto step = [&](int64_t s, Real &a, Real &v, Real &scale) {
+    const Real g = s == 0 ? Real(1) : sum_of_warps<K>(rows.part(s - 1));
+    Real y = product<K>(arcs, rows.message(s - 1), share);
+    if (s == 0 && !walk.meets) y = 1;
     // 1 / g to first order: g is 1 but for a step's rounding.
     const Real beta = a > 0 ? y * (later * (Real(2) - g)) : Real(0), gamma = a * beta, u = v * beta;
     if (writer) {
       state[own] = upstream * gamma;
       w[own] = scale * u;
-      rows.message(t)[i] = u;
+      rows.message(s)[i] = u;
     }
     const Real sum = sum_of_owners(gamma);
-    if (lane == 0) rows.part(t)[warp] = sum;
+    if (lane == 0) rows.part(s)[warp] = sum;
     later = scale;
-    const bool more = t >= 3;
-    a = owner && more ? alpha[own - ahead] : Real(0), v = owner && more ? w[own - ahead] : Real(0);
-    scale = t > 3 ? norm[own_scale - ahead] : Real(1);
-    own -= N, own_scale -= N;
+    const bool more = owner && s + 3 < n;
+    a = more ? alpha[own + ahead] : Real(0), v = more ? w[own + ahead] : Real(0);
+    scale = s + 4 < n ? norm[own_scale + ahead] : Real(1);
+    own += stride, own_scale += stride;
 #if HMM_MUTATION != 12
     __syncthreads();
 #endif
-    return t > 0;
+    return s + 1 < n;
   };
-  int64_t t = L - 1;
-  while (t >= 0 && step(t, a_0, v_0, scale_0) && step(t - 1, a_1, v_1, scale_1) && step(t - 2, a_2, v_2, scale_2)) t -= 3;
+  for (int64_t s = 0; step(s, a_0, v_0, scale_0) && step(s + 1, a_1, v_1, scale_1) && step(s + 2, a_2, v_2, scale_2); s += 3) {
+  }
 }
 
 // Calls body(Width<K>) for the smallest K of the list with 16 K >= N.
@@ -285,25 +277,29 @@ template <class Real, class Body> int with_width(int64_t N, Body body) {
 template <> int64_t scaled_states<float>() { return 128; }
 template <> int64_t scaled_states<double>() { return 96; }
 
-template <class Real> size_t scaled_workspace(const hmm_problem &p, bool backward) {
-  return size_t(matrices(p) * Arcs<Real>::bytes(p.states)) + (backward ? sizeof(Real) * size_t(p.batch * p.time * p.states) : 0);
+// The arcs, then what the walks carry or the backward pass's w.
+template <class Real> static Real *behind_arcs(const hmm_problem &p, void *workspace) {
+  return reinterpret_cast<Real *>(static_cast<char *>(workspace) + matrices(p) * Arcs<Real>::bytes(p.states));
 }
+template <class Real> size_t scaled_workspace(const hmm_problem &p, bool backward) {
+  const size_t arcs = size_t(matrices(p) * Arcs<Real>::bytes(p.states));
+  return arcs + (backward ? sizeof(Real) * size_t(p.batch * p.time * p.states) : 2 * sizeof(Carried) * size_t(p.batch));
+}
+template <class Real> Real *scaled_messages(const hmm_problem &p, void *workspace) { return behind_arcs<Real>(p, workspace); }
 
 template <class Real>
 int scaled_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Real *norm, Real *centre, int32_t *method,
                    void *workspace, void *stream) {
-  const int status = prepare(p, true, centre, alpha, workspace, stream);
+  Carried *carried = reinterpret_cast<Carried *>(behind_arcs<Real>(p, workspace));
+  int status = prepare(p, true, centre, alpha, workspace, stream);
   if (status) return status;
-  return with_width<Real>(p.states, [&](auto width) {
+  status = with_width<Real>(p.states, [&](auto width) {
     constexpr int K = decltype(width)::value;
-    const size_t shared = Rows<K, Real>::bytes() + carved<Real>(2 * K) + carved<double>(2 * K) + carved<int32_t>(2 * K);
-    return launch(forward_kernel<K, Real>, dim3(unsigned(p.batch)), threads_of(p.states), shared, stream, p, workspace,
-                  log_partition, alpha, norm, static_cast<const Real *>(centre), method);
+    const size_t shared = Rows<K, Real>::bytes() + carved<Real>(2 * K) + carved<int32_t>(2 * K);
+    const dim3 walks(unsigned(p.batch), p.sharing == HMM_BY_ENDS ? 2 : 1);
+    return launch(forward_kernel<K, Real>, walks, threads_of(p.states), shared, stream, p, workspace, alpha, norm, carried);
   });
-}
-
-template <class Real> Real *scaled_messages(const hmm_problem &p, void *workspace) {
-  return reinterpret_cast<Real *>(static_cast<char *>(workspace) + matrices(p) * Arcs<Real>::bytes(p.states));
+  return status ? status : join(p, carried, log_partition, alpha, norm, centre, method, workspace, stream);
 }
 
 template <class Real>
@@ -314,7 +310,7 @@ int scaled_backward(const hmm_problem &p, const Real *grad, const Real *alpha, c
   if (status) return status;
   return with_width<Real>(p.states, [&](auto width) {
     constexpr int K = decltype(width)::value;
-    return launch(backward_kernel<K, Real>, dim3(unsigned(p.batch)), threads_of(p.states), Rows<K, Real>::bytes(), stream, p,
+    return launch(backward_kernel<K, Real>, dim3(unsigned(p.batch), 2), threads_of(p.states), Rows<K, Real>::bytes(), stream, p,
                   workspace, grad, alpha, norm, method, w, state);
   });
 }

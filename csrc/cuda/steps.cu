@@ -19,12 +19,6 @@ namespace {
 
 constexpr int kThreads = 512;
 
-// One a sequence.
-struct Carried {
-  double total;       // of the last message; backward, g
-  int64_t exponents;  // sum of k
-  int32_t lost, unused;
-};
 template <class Real> Carried *carried(const hmm_problem &p, void *workspace) {
   return reinterpret_cast<Carried *>(static_cast<char *>(workspace) + Arcs<Real>::bytes(p.states));
 }
@@ -62,7 +56,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(hmm_problem p, int64_
   for (int j = threadIdx.x; t == 0 && j < N; j += kThreads) initial_top = fmax(initial_top, initial[j]);
   if (t == 0) initial_top = block_max(initial_top, part);
   if (initial_top == ninf) initial_top = 0;
-  const int up = t ? correction(Real(state[b].total)) : 0;
+  const int up = t ? correction(Real(state[2 * b].total)) : 0;
   const Real scale = ldexp(Real(1), up);
   bool lost = t == 0 && !arcs.certificate->usable;
   Real sum = 0;
@@ -83,37 +77,9 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(hmm_problem p, int64_
   const bool any = block_max(Real(lost), part) > 0;
   if (threadIdx.x != 0) return;  // no barrier follows
   norm[row] = scale;
-  state[b].total = double(sum);
-  state[b].exponents = (t ? state[b].exponents : 0) + up;
-  state[b].lost = (t ? state[b].lost : 0) | any;
-}
-
-template <class Real>
-__global__ void __launch_bounds__(kThreads) end_kernel(hmm_problem p, const Real *centre, void *workspace, const Carried *state,
-                                                       Real *log_partition, int32_t *method) {
-  HMM_SHARED_MEMORY(at);
-  Real *part = carve<Real>(at, kThreads / kWarp);
-  double *part_double = carve<double>(at, kThreads / kWarp);
-  const int N = p.states;
-  const int64_t b = blockIdx.x, L = p.lengths[b];
-  const double arcs_top = double(Arcs<Real>(workspace, 0, N).certificate->top);
-  const Real *initial = static_cast<const Real *>(p.initial) + b * p.initial_batch_stride;
-  const Real *final = p.final ? static_cast<const Real *>(p.final) + b * p.final_batch_stride : nullptr;
-  const Real ninf = negative_infinity<Real>();
-  Real initial_top = ninf, final_top = ninf;
-  for (int j = threadIdx.x; j < N; j += kThreads) {
-    initial_top = fmax(initial_top, initial[j]);
-    final_top = fmax(final_top, final ? final[j] : Real(0));
-  }
-  initial_top = block_max(initial_top, part), final_top = block_max(final_top, part);
-  double taken = 0;
-  for (int64_t t = threadIdx.x; t < L; t += kThreads) taken += double(centre[b * p.time + t]) + (t ? arcs_top : 0);
-  taken = block_sum(taken, part_double);
-  if (threadIdx.x != 0) return;  // no barrier follows
-  if (initial_top != ninf) taken += double(initial_top);
-  if (final_top != ninf) taken += double(final_top);
-  method[b] = L > 0 && state[b].lost ? HMM_REDONE : HMM_SCALED;
-  log_partition[b] = L > 0 ? Real(taken - double(kTopBits + state[b].exponents) * kLn2 + log(state[b].total)) : Real(0);
+  state[2 * b].total = double(sum);
+  state[2 * b].exponents = (t ? state[2 * b].exponents : 0) + up;
+  state[2 * b].lost = (t ? state[2 * b].lost : 0) | any;
 }
 
 template <class Real>
@@ -137,7 +103,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(hmm_problem p, int64
     Real last = 0;
     for (int i = threadIdx.x; i < N; i += kThreads) last += alpha[row + i];
     factor = Real(1) / block_sum(last, part);
-  } else factor = norm[row + N] / Real(state[b].total);
+  } else factor = norm[row + N] / Real(state[2 * b].total);
   const Real scale = t ? norm[row] : Real(1);
   Real sum = 0;
   for (int i = threadIdx.x; i < N; i += kThreads) {
@@ -149,7 +115,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(hmm_problem p, int64
     sum += gamma;
   }
   sum = block_sum(sum, part);
-  if (threadIdx.x == 0) state[b].total = double(sum);
+  if (threadIdx.x == 0) state[2 * b].total = double(sum);
 }
 
 constexpr size_t kShared = carved<double>(kThreads / kWarp) * 2;
@@ -158,11 +124,11 @@ constexpr size_t kShared = carved<double>(kThreads / kWarp) * 2;
 
 template <class Real> size_t steps_workspace(const hmm_problem &p, bool backward) {
   const size_t frames = backward ? sizeof(Real) * size_t(p.batch * p.time * p.states) : 0;
-  return size_t(Arcs<Real>::bytes(p.states)) + sizeof(Carried) * size_t(p.batch) + frames;
+  return size_t(Arcs<Real>::bytes(p.states)) + 2 * sizeof(Carried) * size_t(p.batch) + frames;
 }
 
 template <class Real> Real *steps_messages(const hmm_problem &p, void *workspace) {
-  return reinterpret_cast<Real *>(carried<Real>(p, workspace) + p.batch);
+  return reinterpret_cast<Real *>(carried<Real>(p, workspace) + 2 * p.batch);
 }
 
 template <class Real> int steps_begin(const hmm_problem &p, Real *alpha, Real *centre, void *workspace, void *stream) {
@@ -176,9 +142,9 @@ int steps_forward(const hmm_problem &p, int64_t t, const Real *product, Real *me
 }
 
 template <class Real>
-int steps_end(const hmm_problem &p, Real *log_partition, const Real *centre, int32_t *method, void *workspace, void *stream) {
-  return launch(end_kernel<Real>, dim3(unsigned(p.batch)), kThreads, kShared, stream, p, centre, workspace,
-                carried<Real>(p, workspace), log_partition, method);
+int steps_end(const hmm_problem &p, Real *log_partition, const Real *alpha, Real *norm, const Real *centre, int32_t *method, void *workspace,
+              void *stream) {
+  return join(p, carried<Real>(p, workspace), log_partition, alpha, norm, centre, method, workspace, stream);
 }
 
 template <class Real> int steps_back_begin(const hmm_problem &p, const Real *centre, void *workspace, void *stream) {
@@ -196,7 +162,7 @@ int steps_backward(const hmm_problem &p, int64_t t, const Real *grad, const Real
   template size_t steps_workspace<Real>(const hmm_problem &, bool);                                                      \
   template int steps_begin<Real>(const hmm_problem &, Real *, Real *, void *, void *);                                   \
   template int steps_forward<Real>(const hmm_problem &, int64_t, const Real *, Real *, Real *, Real *, void *, void *);  \
-  template int steps_end<Real>(const hmm_problem &, Real *, const Real *, int32_t *, void *, void *);                    \
+  template int steps_end<Real>(const hmm_problem &, Real *, const Real *, Real *, const Real *, int32_t *, void *, void *); \
   template int steps_back_begin<Real>(const hmm_problem &, const Real *, void *, void *);                                \
   template int steps_backward<Real>(const hmm_problem &, int64_t, const Real *, const Real *, Real *, const Real *,      \
                                     const Real *, const int32_t *, Real *, void *, void *);                              \

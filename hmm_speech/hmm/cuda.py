@@ -102,8 +102,10 @@ def _message(status: int) -> str:
     return f"CUDA error: {text}"
 
 
-def forward(initial, transition, emission, lengths, final):
+def forward(initial, transition, emission, lengths, final, both_ends=True):
     call = Call(initial, transition, emission, lengths, final)
+    if both_ends and not call.in_steps:
+        call.problem.sharing = library.BY_ENDS
     batch, time, _ = call.shape
     log_partition, alpha, norm = call.empty(batch), call.empty(*call.shape), call.empty(*call.shape)
     centre, method = call.empty(batch, time), call.empty(batch, dtype=torch.int32)
@@ -153,7 +155,7 @@ def viterbi(initial, transition, emission, lengths, final):
 
 
 def sample(initial, transition, emission, lengths, final, uniform):
-    log_partition, alpha, norm, _, method = forward(initial, transition, emission, lengths, final)
+    log_partition, alpha, norm, _, method = forward(initial, transition, emission, lengths, final, both_ends=False)
     call = Call(initial, transition, emission, lengths, final)
     states = call.empty(*uniform.shape, dtype=torch.int64)
     with call.on_stream() as run:

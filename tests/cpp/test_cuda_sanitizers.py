@@ -98,6 +98,9 @@ NOTICED_BY = {
     12: ("thread", "exercise"),  # a barrier removed, backward
     13: ("address", "exercise_steps"),  # an index off by one
     14: ("thread", "exercise_steps"),  # a shuffle instead of a barrier
+    15: ("thread", "exercise"),  # a barrier removed, where the halves meet
+    16: ("thread", "exercise"),  # and where they are joined
+    17: ("address", "exercise"),  # an index off by one, where the halves' counts meet
 }
 
 

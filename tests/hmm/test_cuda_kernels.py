@@ -14,7 +14,7 @@ from tests.hmm.problems import INF, KINDS, doubled, problem, solve
 from tests.hmm.test_contract import left_to_right
 
 OPERATORS = ("forward", "backward", "viterbi", "sample")
-REDONE = library.REDONE
+REDONE, BOTH_ENDS = library.REDONE, 3  # enum hmm_method
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +166,32 @@ def test_left_to_right_chains(on_cpu, gap, end):
     assert gap < 500 or (method == REDONE).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["shared", "per-sequence"])
+@pytest.mark.parametrize("time", [1, 2, 3, 4, 7, 13, 32])
+def test_halves_meet(on_cpu, kind, time, dtype):
+    """A sequence of every length, walked from both ends and from one: the same numbers, and samples from the latter."""
+    arguments = problem(time + 1, time, 11, kind, time, dtype, forbidden=0.2 if time % 2 else 0.0)
+    arguments["lengths"] = torch.arange(time + 1)
+    compare(arguments)
+    scores = [arguments[k] for k in ("initial", "transition", "emission", "lengths", "final")]
+    both, one = cuda.forward(*scores), cuda.forward(*scores, both_ends=False)
+    assert set(both[4].tolist()) <= {BOTH_ENDS, REDONE} and set(one[4].tolist()) <= {0, REDONE}
+    torch.testing.assert_close(both[0], one[0], rtol=2e-6, atol=2e-6)
+    grad = torch.linspace(-1, 1.5, time + 1, dtype=dtype)
+    posteriors = [cuda.backward(grad, *scores, *x, True) for x in (both, one)]
+    for x, y in zip(*posteriors, strict=True):
+        torch.testing.assert_close(x, y, rtol=5e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [5.0, 20.0, 60.0, 200.0])
+@pytest.mark.parametrize("forbidden", [0.0, 0.4])
+def test_halves_that_meet_far_apart(on_cpu, scale, forbidden):
+    """Each half wants other states than the other one: what their product keeps must be enough."""
+    for seed in range(3):
+        compare(problem(6, 11, 5, "shared", seed, torch.float32, scale=scale, forbidden=forbidden, lengths="full"))
+
+
 def test_a_flushed_state_that_wins_later(on_cpu):
     """As in test_contract.py: what scaling loses in the first half, and backward in the second, is the answer."""
     emission = torch.zeros(1, 150, 2)
@@ -179,7 +205,7 @@ def test_mixing_chains_stay_scaled(on_cpu):
     arguments["transition"] = arguments["transition"].log_softmax(-1)
     compare(arguments)
     scores = [arguments[k] for k in ("initial", "transition", "emission", "lengths", "final")]
-    assert (cuda.forward(*scores)[4] == 0).all()
+    assert (cuda.forward(*scores)[4] == BOTH_ENDS).all() and (cuda.forward(*scores, both_ends=False)[4] == 0).all()
 
 
 @pytest.mark.parametrize("kind", ["shared", "per-sequence"])
