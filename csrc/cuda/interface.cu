@@ -121,10 +121,10 @@ template <class Real> bool valid_step(const hmm_problem *p, int64_t t) {
     if (!hmm::valid_step<Real>(p, 0)) return HMM_INVALID_ARGUMENT;                                                       \
     return hmm::steps_begin(*p, alpha, centre, workspace, stream);                                                       \
   }                                                                                                                      \
-  int hmm_cuda_steps_forward_##suffix(const hmm_problem *p, int64_t t, const Real *product, Real *message, Real *alpha,  \
+  int hmm_cuda_steps_forward_##suffix(const hmm_problem *p, int64_t s, const Real *product, Real *message, Real *alpha,  \
                                       Real *norm, void *workspace, void *stream) {                                       \
-    if (!hmm::valid_step<Real>(p, t)) return HMM_INVALID_ARGUMENT;                                                       \
-    return hmm::steps_forward(*p, t, product, message, alpha, norm, workspace, stream);                                  \
+    if (!hmm::valid_step<Real>(p, s)) return HMM_INVALID_ARGUMENT;                                                       \
+    return hmm::steps_forward(*p, s, product, message, alpha, norm, workspace, stream);                                  \
   }                                                                                                                      \
   int hmm_cuda_steps_end_##suffix(const hmm_problem *p, Real *log_partition, Real *alpha, Real *norm, Real *centre,      \
                                   int32_t *method, void *workspace, void *stream) {                                      \
@@ -132,15 +132,16 @@ template <class Real> bool valid_step(const hmm_problem *p, int64_t t) {
     const int status = hmm::steps_end<Real>(*p, log_partition, alpha, norm, centre, method, workspace, stream);                       \
     return status ? status : hmm::redo_forward(*p, false, log_partition, alpha, norm, centre, method, stream);       \
   }                                                                                                                      \
-  int hmm_cuda_steps_back_begin_##suffix(const hmm_problem *p, const Real *centre, void *workspace, void *stream) {      \
+  int hmm_cuda_steps_back_begin_##suffix(const hmm_problem *p, const Real *alpha, const Real *centre,                    \
+                                         const int32_t *method, Real *message, void *workspace, void *stream) {          \
     if (!hmm::valid_step<Real>(p, 0)) return HMM_INVALID_ARGUMENT;                                                       \
-    return hmm::steps_back_begin(*p, centre, workspace, stream);                                                         \
+    return hmm::steps_back_begin(*p, alpha, centre, method, message, workspace, stream);                                 \
   }                                                                                                                      \
-  int hmm_cuda_steps_backward_##suffix(const hmm_problem *p, int64_t t, const Real *grad, const Real *product,           \
+  int hmm_cuda_steps_backward_##suffix(const hmm_problem *p, int64_t s, const Real *grad, const Real *product,           \
                                        Real *message, const Real *alpha, const Real *norm, const int32_t *method,        \
                                        Real *state, void *workspace, void *stream) {                                     \
-    if (!hmm::valid_step<Real>(p, t)) return HMM_INVALID_ARGUMENT;                                                       \
-    return hmm::steps_backward(*p, t, grad, product, message, alpha, norm, method, state, workspace, stream);            \
+    if (!hmm::valid_step<Real>(p, s)) return HMM_INVALID_ARGUMENT;                                                       \
+    return hmm::steps_backward(*p, s, grad, product, message, alpha, norm, method, state, workspace, stream);            \
   }                                                                                                                      \
   int hmm_cuda_steps_back_end_##suffix(const hmm_problem *p, const Real *grad, const Real *log_partition,                \
                                        const Real *alpha, const Real *norm, const Real *centre, const int32_t *method,   \

@@ -39,14 +39,6 @@ template <class Real> __device__ __forceinline__ double joined_sum(const Real *a
   return block_sum(all, part);
 }
 
-// The largest of n scores over the block, 0 where all are forbidden or there are none. Two barriers.
-template <class Real> __device__ __forceinline__ double top_of(const Real *scores, int n, Real *part) {
-  Real top = negative_infinity<Real>();
-  for (int j = threadIdx.x; scores && j < n; j += kThreads) top = fmax(top, scores[j]);
-  top = block_max(top, part);
-  return top == negative_infinity<Real>() ? 0 : double(top);
-}
-
 template <class Real>
 __global__ void __launch_bounds__(kThreads, 1) join_kernel(hmm_problem p, const Carried *carried, const Real *alpha, Real *norm, const Real *centre,
                                                         void *workspace, Real *log_partition, int32_t *method) {
@@ -66,8 +58,8 @@ __global__ void __launch_bounds__(kThreads, 1) join_kernel(hmm_problem p, const 
   double taken = 0;
   for (int64_t t = threadIdx.x; t < L; t += kThreads) taken += double(centre[b * p.time + t]) + (t ? arcs_top : 0);
   taken = block_sum(taken, part_double);
-  taken += top_of(static_cast<const Real *>(p.initial) + b * p.initial_batch_stride, N, part);
-  if (p.final) taken += top_of(static_cast<const Real *>(p.final) + b * p.final_batch_stride, N, part);
+  taken += double(top_of(static_cast<const Real *>(p.initial) + b * p.initial_batch_stride, N, part));
+  if (p.final) taken += double(top_of(static_cast<const Real *>(p.final) + b * p.final_batch_stride, N, part));
   carried += 2 * b;
   int64_t exponents = carried[0].exponents + kTopBits;
   bool lost = carried[0].lost;

@@ -57,17 +57,19 @@ int scaled_backward(const hmm_problem &p, const Real *grad, const Real *alpha, c
                     const int32_t *method, Real *state, void *workspace, void *stream);
 
 // The same a step at a time, between matrix products of the caller's (steps.cu), for one matrix of transitions. product and
-// message: (B, N); the workspace begins with the arcs, (N, N).
+// message: (B, N), where p.sharing is HMM_BY_ENDS (2, B, N); the workspace begins with the arcs, (N, N).
 template <class Real> size_t steps_workspace(const hmm_problem &p, bool backward);
 template <class Real> Real *steps_messages(const hmm_problem &p, void *workspace);
 template <class Real> int steps_begin(const hmm_problem &p, Real *alpha, Real *centre, void *workspace, void *stream);
 template <class Real>
-int steps_forward(const hmm_problem &p, int64_t t, const Real *product, Real *message, Real *alpha, Real *norm, void *workspace, void *stream);
+int steps_forward(const hmm_problem &p, int64_t s, const Real *product, Real *message, Real *alpha, Real *norm, void *workspace, void *stream);
 template <class Real>
 int steps_end(const hmm_problem &p, Real *log_partition, const Real *alpha, Real *norm, const Real *centre, int32_t *method, void *workspace, void *stream);
-template <class Real> int steps_back_begin(const hmm_problem &p, const Real *centre, void *workspace, void *stream);
 template <class Real>
-int steps_backward(const hmm_problem &p, int64_t t, const Real *grad, const Real *product, Real *message, const Real *alpha,
+int steps_back_begin(const hmm_problem &p, const Real *alpha, const Real *centre, const int32_t *method, Real *message, void *workspace,
+                     void *stream);
+template <class Real>
+int steps_backward(const hmm_problem &p, int64_t s, const Real *grad, const Real *product, Real *message, const Real *alpha,
                    const Real *norm, const int32_t *method, Real *state, void *workspace, void *stream);
 
 template <class Real> int viterbi(const hmm_problem &p, Real *score, int16_t *pointers, int64_t *states, void *stream);

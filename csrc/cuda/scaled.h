@@ -86,6 +86,14 @@ template <class Real> __device__ __forceinline__ Real block_max(Real x, Real *pa
   return x;
 }
 
+// The largest of n scores over the block, 0 where all are forbidden or there are none (null). Two barriers.
+template <class Real> __device__ __forceinline__ Real top_of(const Real *scores, int n, Real *part) {
+  Real top = negative_infinity<Real>();
+  for (int j = threadIdx.x; scores && j < n; j += blockDim.x) top = fmax(top, scores[j]);
+  top = block_max(top, part);
+  return top == negative_infinity<Real>() ? Real(0) : top;
+}
+
 // c(j) - max c; 0 for a column without arcs.
 template <class Real> __device__ __forceinline__ Real shift_of(Real c, Real top) {
   return c == negative_infinity<Real>() ? Real(0) : c - top;

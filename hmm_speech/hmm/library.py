@@ -146,7 +146,7 @@ def declare_cuda(handle: ctypes.CDLL) -> ctypes.CDLL:
     """`handle`, with the types of hmm_cuda_* of csrc/include/hmm_speech.h; each ends with a stream."""
     pointer, problem = ctypes.c_void_p, ctypes.POINTER(Problem)
     counts = {"forward": 7, "backward": 10, "viterbi": 4}
-    counts |= {"steps_begin": 4, "steps_end": 7, "steps_back_begin": 3, "steps_back_end": 10}
+    counts |= {"steps_begin": 4, "steps_end": 7, "steps_back_begin": 6, "steps_back_end": 10}
     declared = {name: [problem] + [pointer] * count for name, count in counts.items()}
     for name, count in {"sample": 7, "steps_forward": 6, "steps_backward": 9}.items():
         declared[name] = [problem, ctypes.c_int64] + [pointer] * count

@@ -93,14 +93,17 @@ def test_many_states(on_cpu, kind, states):
 
 @pytest.mark.parametrize("dtype, states", [(torch.float32, 131), (torch.float64, 99)])
 @pytest.mark.parametrize("forbidden", [0.0, 0.3])
-def test_a_matrix_product_a_step(on_cpu, monkeypatch, dtype, states, forbidden):
+@pytest.mark.parametrize("both_ends", [True, False])
+def test_a_matrix_product_a_step(on_cpu, monkeypatch, dtype, states, forbidden, both_ends):
     """Many states of shared transitions: lengths of all kinds, and products that autocast leaves be."""
+    if not both_ends:
+        monkeypatch.setattr(cuda, "_BOTH_ENDS_TO", 0)
     arguments = problem(5, 7, states, "shared", 2, dtype, forbidden=forbidden)
     arguments["lengths"] = torch.tensor([7, 0, 1, 5, 7])
     products = []
-    monkeypatch.setattr(torch, "mm", lambda *x, mm=torch.mm, **out: products.append(x) or mm(*x, **out))
+    monkeypatch.setattr(torch, "bmm", lambda *x, bmm=torch.bmm, **out: products.append(x) or bmm(*x, **out))
     compare(arguments)
-    assert len(products) == 12  # 6 forward, 6 backward
+    assert len(products) == (3 + 4 if both_ends else 6 + 6)  # forward, and backward
     scores = [arguments[k] for k in ("initial", "transition", "emission", "lengths", "final")]
     messages = cuda.forward(*scores)
     with torch.autocast("cpu", dtype=torch.bfloat16):
