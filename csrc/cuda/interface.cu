@@ -8,7 +8,8 @@ namespace hmm {
 namespace {
 
 bool valid(const hmm_problem *p) {
-  if (!p || p->batch < 0 || p->time < 0 || p->states < 1 || p->states > HMM_CUDA_MOST_STATES) return false;
+  if (!p || p->batch < 0 || p->time < 0 || p->states < 1) return false;
+  if (p->states > (p->time_varying ? HMM_CUDA_MOST_STATES_VARYING : HMM_CUDA_MOST_STATES)) return false;
   if (p->batch > 0x7fffffff || p->batch * p->time > int64_t(0x7fffffff) * 8) return false;  // the grids' first axes
   return p->batch == 0 || (p->initial && p->lengths && (p->time < 2 || p->transition) && (p->time_varying || !p->time || p->emission));
 }
@@ -104,9 +105,10 @@ template <class Real> bool valid_step(const hmm_problem *p, int64_t t) {
                                  void *workspace, void *stream) {                                                        \
     return hmm::backward(p, grad, log_partition, alpha, norm, centre, method, state, edge, workspace, stream);           \
   }                                                                                                                      \
-  int hmm_cuda_viterbi_##suffix(const hmm_problem *p, Real *score, int16_t *pointers, int64_t *states, void *stream) {   \
+  int hmm_cuda_viterbi_##suffix(const hmm_problem *p, Real *score, Real *delta, int16_t *pointers, int64_t *states,      \
+                                void *stream) {                                                                          \
     if (!hmm::valid(p)) return HMM_INVALID_ARGUMENT;                                                                     \
-    return p->batch ? hmm::viterbi(*p, score, pointers, states, stream) : HMM_OK;                                        \
+    return p->batch ? hmm::viterbi(*p, score, delta, pointers, states, stream) : HMM_OK;                                 \
   }                                                                                                                      \
   int hmm_cuda_sample_##suffix(const hmm_problem *p, int64_t samples, const Real *log_partition, const Real *alpha,      \
                                const Real *norm, const int32_t *method, const Real *uniform, int64_t *states,            \

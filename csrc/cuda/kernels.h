@@ -72,7 +72,7 @@ template <class Real>
 int steps_backward(const hmm_problem &p, int64_t s, const Real *grad, const Real *product, Real *message, const Real *alpha,
                    const Real *norm, const int32_t *method, Real *state, void *workspace, void *stream);
 
-template <class Real> int viterbi(const hmm_problem &p, Real *score, int16_t *pointers, int64_t *states, void *stream);
+template <class Real> int viterbi(const hmm_problem &p, Real *score, Real *delta, int16_t *pointers, int64_t *states, void *stream);
 
 template <class Real>
 int sample(const hmm_problem &p, int64_t samples, const Real *log_partition, const Real *alpha, const Real *norm, const int32_t *method,

@@ -8,8 +8,8 @@
 // float64, so that the same numbers give the states that the CPU's kernel draws, but where rounding decides.
 // Cost a frame and path: N scores gathered, one 32-byte sector each from N rows (from the caches, where arcs are shared),
 // N messages and N exponentials; 5 shuffles for the maximum, 5 for 32 states, 5 for the state within these. No barriers.
-// Limits: N at most 4096; T none. Shared memory: N numbers and N / 32 sums a warp, within 48 KB. Compiled and executed on the
-// CPU, not timed.
+// Above kMostHeld states, scores are gathered again where they are needed again. Limits: N at most HMM_CUDA_MOST_STATES; T none.
+// Shared memory: N numbers and N / 32 sums a warp, within 48 KB. Compiled and executed on the CPU, not timed.
 #include "kernels.h"
 #include "staging.h"
 
@@ -18,9 +18,11 @@ namespace {
 
 constexpr int kMostWalks = 4;  // warps of a block
 
-template <class Real> size_t walk_bytes(int64_t N) { return carved<Real>(N) + carved<double>((N + kWarp - 1) / kWarp); }
+constexpr int kMostHeld = 4096;  // scores in shared memory
+__host__ __device__ constexpr int64_t held_scores(int64_t N) { return N <= kMostHeld ? N : 0; }
+template <class Real> size_t walk_bytes(int64_t N) { return carved<Real>(held_scores(N)) + carved<double>((N + kWarp - 1) / kWarp); }
 
-// The state of a frame; arcs: a column of scores, N apart, or null at the end. weight (N), sums (N / 32): the warp's own.
+// The state of a frame; arcs: a column of scores, N apart, or null at the end. weight (N, or null), sums (N / 32): the warp's own.
 template <class Real>
 __device__ __forceinline__ int draw(const Real *alpha, const Real *rest, const Real *arcs, bool scaled, int N, Real uniform, Real *weight,
                                     double *sums) {
@@ -29,21 +31,23 @@ __device__ __forceinline__ int draw(const Real *alpha, const Real *rest, const R
   Real top = ninf;
 #pragma unroll 2
   for (int i = lane; i < N; i += kWarp) {
-    Real score = arcs ? arcs[int64_t(i) * N] : Real(0);
+    const Real score = arcs ? arcs[int64_t(i) * N] : Real(0);
     top = fmax(top, scaled ? score : score + alpha[i]);
-    weight[i] = score;
+    if (weight) weight[i] = score;
   }
   top = or_zero(warp_max(top));
   const auto weigh = [&](int i) {
-    if (scaled) return exp(weight[i] - top) * alpha[i];
-    return exp(Real((double(weight[i]) - double(top)) + (double(alpha[i]) + (rest ? double(rest[i]) : 0))));
+    const Real score = weight ? weight[i] : arcs ? arcs[int64_t(i) * N] : Real(0);
+    if (scaled) return exp(score - top) * alpha[i];
+    return exp(Real((double(score) - double(top)) + (double(alpha[i]) + (rest ? double(rest[i]) : 0))));
   };
   double total = 0;
 #pragma unroll 1
   for (int k = 0; k < blocks; k++) {
     const int i = k * kWarp + lane;
     Real w = 0;
-    if (i < N) weight[i] = w = weigh(i);
+    if (i < N) w = weigh(i);
+    if (weight && i < N) weight[i] = w;
     total += double(warp_sum(w));
     if (lane == 0) sums[k] = total;
   }
@@ -54,7 +58,7 @@ __device__ __forceinline__ int draw(const Real *alpha, const Real *rest, const R
   const Real left = Real(target - (k > 0 ? sums[k - 1] : 0));
   __syncwarp();  // sums are read
   const int i = k * kWarp + lane;
-  const Real w = i < N ? weight[i] : Real(0);
+  const Real w = i >= N ? Real(0) : weight ? weight[i] : weigh(i);
   Real up_to = w;
   for (int lanes = 1; lanes < kWarp; lanes *= 2) {
     const Real before = __shfl_up_sync(kAllLanes, up_to, lanes);
@@ -75,7 +79,7 @@ __global__ void __launch_bounds__(kMostWalks * kWarp, 4)
   Real *weight = nullptr;
   double *sums = nullptr;
   for (int w = 0; w < int(blockDim.x / kWarp); w++) {
-    Real *const weights = carve<Real>(memory, N);
+    Real *const weights = N <= kMostHeld ? carve<Real>(memory, N) : nullptr;
     double *const totals = carve<double>(memory, (N + kWarp - 1) / kWarp);
     if (w == warp) weight = weights, sums = totals;
   }

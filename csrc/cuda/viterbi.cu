@@ -9,15 +9,15 @@
 // the block fills, up to N = 512, where a step costs less than a trip to global memory; above, from global memory.
 // Cost a step, N^2 arcs: 2 additions, 2 comparisons an arc, 4 (8 in float64) bytes read, and 2 N bytes of pointers written and
 // read. Barriers a step: 1 and one a chunk of 8 KB: 2 for N up to 45 in float32, 3 for N = 50; a few a chunk of pointers.
-// Limits: N at most 4096, and in float64 3400 where a block has 64 KB of shared memory (sm_75): 2 N numbers of it are needed
-// for N above 512, all within 48 KB up to N = 512. T none. Compiled and executed on the CPU, not timed.
+// Above N = 512, where a column is one thread's, messages are in global memory and read from the first cache, a number for all
+// threads at once. Limits: N at most HMM_CUDA_MOST_STATES, shared memory within 48 KB; T none. Compiled and executed on the CPU, not timed.
 #include "kernels.h"
 #include "staging.h"
 
 namespace hmm {
 namespace {
 
-// What a block keeps in shared memory beside the ring.
+// What a block keeps in shared memory beside the ring; messages of many states are in `delta`, (2, N) in global memory.
 template <class Real, bool Tiled> struct ViterbiMemory {
   Real *messages, *next;  // delta_t before M_t is taken out, and the next frame's, of which best_t is known; one array where
                           // columns are shared, since they pass through those of partial maxima
@@ -26,8 +26,8 @@ template <class Real, bool Tiled> struct ViterbiMemory {
   Real *tops_initial, *tops_delta, *tops_frame;
   int *last_state;
 
-  __device__ __forceinline__ ViterbiMemory(unsigned char *&memory, int N, int threads) {
-    messages = carve<Real>(memory, N), next = Tiled ? carve<Real>(memory, N) : messages;
+  __device__ __forceinline__ ViterbiMemory(unsigned char *&memory, Real *delta, int N, int threads) {
+    messages = Tiled ? delta : carve<Real>(memory, N), next = Tiled ? delta + N : messages;
     partial_best = Tiled ? nullptr : carve<Real>(memory, threads), partial_from = Tiled ? nullptr : carve<int>(memory, threads);
     tops_initial = carve<Real>(memory, threads / kWarp), tops_delta = carve<Real>(memory, threads / kWarp);
     tops_frame = carve<Real>(memory, 2 * (threads / kWarp));
@@ -35,8 +35,8 @@ template <class Real, bool Tiled> struct ViterbiMemory {
   }
   static size_t bytes(int64_t N, int threads) {
     const int warps = threads / kWarp;
-    return carved<Real>(N) + (Tiled ? carved<Real>(N) : carved<Real>(threads) + carved<int>(threads)) + 2 * carved<Real>(warps) +
-           carved<Real>(2 * warps) + carved<int>(1);
+    return (Tiled ? 0 : carved<Real>(N) + carved<Real>(threads) + carved<int>(threads)) + 2 * carved<Real>(warps) + carved<Real>(2 * warps) +
+           carved<int>(1);
   }
 };
 
@@ -120,12 +120,12 @@ __device__ __forceinline__ Real combine(const Real *partial_best, const int *par
 
 template <class Real, bool Tiled>
 __global__ void __launch_bounds__(Tiled ? kTile : kMostThreads, kBlocks<Real>)
-    viterbi_kernel(hmm_problem p, Tiling o, Real *score, int16_t *pointers, int64_t *states) {
+    viterbi_kernel(hmm_problem p, Tiling o, Real *score, Real *delta, int16_t *pointers, int64_t *states) {
   HMM_SHARED_MEMORY(memory);
   const int N = o.states, thread = threadIdx.x, threads = blockDim.x, warp = thread / kWarp, warps = threads / kWarp;
   Ring<Real, Tiled> ring(o, memory);
-  ViterbiMemory<Real, Tiled> held(memory, N, threads);
   const int64_t b = blockIdx.x;
+  ViterbiMemory<Real, Tiled> held(memory, delta + 2 * b * N, N, threads);
   const Sequence<Real> q(p, b);
   pointers += b * p.time * N, states += b * p.time;
 
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(Tiled ? kTile : kMostThreads, kBlocks<Real>)
 
 }  // namespace
 
-template <class Real> int viterbi(const hmm_problem &p, Real *score, int16_t *pointers, int64_t *states, void *stream) {
+template <class Real> int viterbi(const hmm_problem &p, Real *score, Real *delta, int16_t *pointers, int64_t *states, void *stream) {
   if (p.batch == 0) return HMM_OK;
   const bool tiled = p.states > kMostThreads;
   const int most = tiled ? kTile : kMostThreads;
@@ -201,10 +201,10 @@ template <class Real> int viterbi(const hmm_problem &p, Real *score, int16_t *po
   const Tiling o = tiling_of<Real>(p.states, most, kMostThreads, kTile, fixed(p.states, most));
   const size_t bytes = Ring<Real, true>::bytes(o) + fixed(p.states, o.threads);
   return launch(tiled ? viterbi_kernel<Real, true> : viterbi_kernel<Real, false>, dim3(unsigned(p.batch)), o.threads, bytes, stream, p, o,
-                score, pointers, states);
+                score, delta, pointers, states);
 }
 
-template int viterbi<float>(const hmm_problem &, float *, int16_t *, int64_t *, void *);
-template int viterbi<double>(const hmm_problem &, double *, int16_t *, int64_t *, void *);
+template int viterbi<float>(const hmm_problem &, float *, float *, int16_t *, int64_t *, void *);
+template int viterbi<double>(const hmm_problem &, double *, double *, int16_t *, int64_t *, void *);
 
 }  // namespace hmm

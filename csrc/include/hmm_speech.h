@@ -231,12 +231,13 @@ HMM_API int hmm_low_rank_backward_f64(const hmm_low_rank *, const double *grad, 
 
 /* The same on a GPU, in libraries that were built with nvcc only: the pointers are to memory of the current device, also
  * `lengths`; work is put on `stream` (a cudaStream_t) and not waited for, so that values of lengths are not checked.
- * N is at most HMM_CUDA_MOST_STATES. alpha, norm and centre are as above, but norm (B, T, N) is always needed, and HMM_REDONE is
+ * N is at most HMM_CUDA_MOST_STATES, where time_varying is 1 HMM_CUDA_MOST_STATES_VARYING: more is HMM_INVALID_ARGUMENT. alpha, norm and centre are as above, but norm (B, T, N) is always needed, and HMM_REDONE is
  * in log space: alpha + norm, as float64, are log messages whose maximum is 0 to centre's rounding, and centre is what was taken
  * out of a frame. transition_time_stride is 0 where time_varying is. Forward, where time_varying is 0, sharing is HMM_BY_ENDS for
  * half as many steps one after the other (HMM_BOTH_ENDS), or HMM_BY_SEQUENCES, as samples need it; threads are not looked at. `workspace` is hmm_cuda_workspace() bytes, from
  * whose start on nothing is kept between calls. */
-#define HMM_CUDA_MOST_STATES 4096
+#define HMM_CUDA_MOST_STATES 8192
+#define HMM_CUDA_MOST_STATES_VARYING 4096 /* where time_varying is 1 */
 enum hmm_cuda_pass { HMM_CUDA_FORWARD = 0, HMM_CUDA_BACKWARD = 1 };
 HMM_API int64_t hmm_cuda_workspace(const hmm_problem *, int32_t real_bytes, int32_t pass);
 HMM_API int hmm_cuda_forward_f32(const hmm_problem *, float *log_partition, float *alpha, float *norm, float *centre,
@@ -282,9 +283,9 @@ HMM_API int hmm_cuda_steps_backward_f64(const hmm_problem *, int64_t s, const do
 HMM_API int hmm_cuda_steps_back_end_f64(const hmm_problem *, const double *grad, const double *log_partition,
                                         const double *alpha, const double *norm, const double *centre, const int32_t *method,
                                         double *state, double *edge, void *workspace, void *stream);
-/* pointers: (B, T, N) int16, workspace. */
-HMM_API int hmm_cuda_viterbi_f32(const hmm_problem *, float *score, int16_t *pointers, int64_t *states, void *stream);
-HMM_API int hmm_cuda_viterbi_f64(const hmm_problem *, double *score, int16_t *pointers, int64_t *states, void *stream);
+/* delta (B, 2, N), pointers (B, T, N): workspace. */
+HMM_API int hmm_cuda_viterbi_f32(const hmm_problem *, float *score, float *delta, int16_t *pointers, int64_t *states, void *stream);
+HMM_API int hmm_cuda_viterbi_f64(const hmm_problem *, double *score, double *delta, int16_t *pointers, int64_t *states, void *stream);
 HMM_API int hmm_cuda_sample_f32(const hmm_problem *, int64_t samples, const float *log_partition, const float *alpha,
                                 const float *norm, const int32_t *method, const float *uniform, int64_t *states, void *stream);
 HMM_API int hmm_cuda_sample_f64(const hmm_problem *, int64_t samples, const double *log_partition, const double *alpha,

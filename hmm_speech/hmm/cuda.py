@@ -181,9 +181,11 @@ def backward(grad, initial, transition, emission, lengths, final, log_partition,
 
 def viterbi(initial, transition, emission, lengths, final):
     call = Call(initial, transition, emission, lengths, final)
-    score, states = call.empty(call.shape[0]), call.empty(*call.shape[:2], dtype=torch.int64)
+    batch, time, num_states = call.shape
+    score, states = call.empty(batch), call.empty(batch, time, dtype=torch.int64)
+    delta, pointers = call.empty(batch, 2, num_states), call.empty(*call.shape, dtype=torch.int16)
     with call.on_stream() as run:
-        run("viterbi", score, call.empty(*call.shape, dtype=torch.int16), states)
+        run("viterbi", score, delta, pointers, states)
     return score, states
 
 

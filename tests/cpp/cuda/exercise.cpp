@@ -112,12 +112,12 @@ template <class Real> struct Exercise {
     CHECK(F::backward(&p, grad.data(), log_partition.data(), alpha.data(), norm.data(), centre.data(), method.data(), state.data(),
                       edge.data(), room.data(), nullptr) == HMM_OK);
     const int64_t S = 2;
-    std::vector<Real> score(B), uniform(S * B * T);
+    std::vector<Real> score(B), delta(2 * B * N), uniform(S * B * T);
     std::vector<int16_t> pointers(B * T * N);
     std::vector<int64_t> states(B * T), drawn(S * B * T);
     std::uniform_real_distribution<double> unit;
     for (Real &u : uniform) u = std::min(Real(unit(random)), Real(0.999));
-    CHECK(F::viterbi(&p, score.data(), pointers.data(), states.data(), nullptr) == HMM_OK);
+    CHECK(F::viterbi(&p, score.data(), delta.data(), pointers.data(), states.data(), nullptr) == HMM_OK);
     room = workspace(HMM_CUDA_FORWARD);
     CHECK(F::forward(&p, whole.data(), alpha.data(), norm.data(), centre.data(), method.data(), room.data(), nullptr) == HMM_OK);
     CHECK(F::sample(&p, S, log_partition.data(), alpha.data(), norm.data(), method.data(), uniform.data(), drawn.data(), nullptr) == HMM_OK);

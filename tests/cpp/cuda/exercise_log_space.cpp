@@ -230,10 +230,10 @@ template <class Real> struct Exercise {
   }
 
   void viterbi() {
-    std::vector<Real> score(c.B);
+    std::vector<Real> score(c.B), delta(2 * c.B * N);
     std::vector<int16_t> pointers(frames * N);
     std::vector<int64_t> states(frames, 77);
-    CHECK(hmm::viterbi<Real>(q.p, score.data(), pointers.data(), states.data(), nullptr) == HMM_OK);
+    CHECK(hmm::viterbi<Real>(q.p, score.data(), delta.data(), pointers.data(), states.data(), nullptr) == HMM_OK);
     for (int b = 0; b < c.B; b++) {
       const double e = expected[b].score, tolerance = (sizeof(Real) == 4 ? 2e-6 : 1e-13) * (1 + std::fabs(e));
       CHECK(close(double(score[b]), e, tolerance));
@@ -313,14 +313,14 @@ template <class Real> void invalid(Real value, bool in_arcs) {
       if (v != v) v = 0;
   if (in_arcs) q.transition[3 * 25 + 1 * 25 + 7] = value;  // sequence 1
   else q.emission[20 + 12] = value;
-  std::vector<Real> z(3), alpha(60), norm(60), centre(12), state(60), edge(9 * 25), score(3);
+  std::vector<Real> z(3), alpha(60), norm(60), centre(12), state(60), edge(9 * 25), score(3), delta(30);
   const std::vector<Real> grad(3, 1);
   std::vector<int32_t> method(3);
   std::vector<int16_t> pointers(60);
   std::vector<int64_t> states(12);
   CHECK(forward_pass<Real>(q.p, true, z.data(), alpha.data(), norm.data(), centre.data(), method.data()) == HMM_OK);
   CHECK(backward_pass<Real>(q.p, grad.data(), z.data(), alpha.data(), norm.data(), centre.data(), method.data(), state.data(), edge.data()) == HMM_OK);
-  CHECK(hmm::viterbi<Real>(q.p, score.data(), pointers.data(), states.data(), nullptr) == HMM_OK);
+  CHECK(hmm::viterbi<Real>(q.p, score.data(), delta.data(), pointers.data(), states.data(), nullptr) == HMM_OK);
   for (int k = 0; k < 60; k++) CHECK(std::isfinite(state[k]) == (k / 20 != 1));
   for (int k = 0; k < 9 * 25; k++) CHECK(std::isfinite(edge[k]) == (k / 75 != 1));
   for (int b = 0; b < 3; b++) CHECK(std::isnan(z[b]) == (b == 1) && std::isnan(score[b]) == (b == 1) && (states[b * 4] == -1) == (b == 1));
