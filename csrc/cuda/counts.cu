@@ -2,13 +2,14 @@
 //
 //   counts(i, j) = A(i, j) sum_t a_{t-1}(i) u_t(j) grad,      u_t = 2^k_t w_t b_t
 //
-// In the second half of a sequence that was walked from both ends, messages from the end stand for u_t, and 2^k_t w_t a_t, which
-// the backward pass leaves, for a_t; where the halves meet both are as they were, and 1 / Z' makes them a posterior.
+// In the second half of a sequence that was walked from both ends, messages from the end stand for u_t, and 2^k_t w_t
+// a_t, which the backward pass leaves, for a_t; where the halves meet both are as they were, and 1 / Z' makes them a
+// posterior.
 //
-// A block computes a tile of 64 by 64, a thread 4 by 4, from 16 frames at a time in shared memory. The grid's second axis
-// takes ranges of frames of all sequences, whose blocks are added up afterwards, in order; or a sequence each, where each has
-// transitions of its own. 2 N^2 flops and 8 N bytes a frame (float); 32 flops a number read from shared memory. Frames of
-// sequences that were not scaled count nothing. Limits: none on N or T.
+// A block computes a tile of 64 by 64, a thread 4 by 4, from 16 frames at a time in shared memory. The grid's second
+// axis takes ranges of frames of all sequences, whose blocks are added up afterwards, in order; or a sequence each,
+// where each has transitions of its own. 2 N^2 flops and 8 N bytes a frame (float); 32 flops a number read from shared
+// memory. Frames of sequences that were not scaled count nothing. Limits: none on N or T.
 #include "scaled.h"
 
 namespace hmm {
@@ -17,11 +18,14 @@ namespace {
 constexpr int kSide = 64, kDepth = 16;
 
 template <class Real>
-__global__ void __launch_bounds__(256) counts_kernel(hmm_problem p, void *workspace, int64_t frames, const Real *grad, const Real *alpha,
-                                                     const Real *norm, const Real *u, const int32_t *method, Real *edge) {
+__global__ void __launch_bounds__(256)
+    counts_kernel(hmm_problem p, void *workspace, int64_t frames, const Real *grad, const Real *alpha, const Real *norm,
+                  const Real *u, const int32_t *method, Real *edge) {
   HMM_SHARED_MEMORY(at);
-  Real *left = carve<Real>(at, kDepth * kSide), *right = carve<Real>(at, kDepth * kSide), *part = carve<Real>(at, 256 / kWarp);
-  const int N = p.states, tiles = (N + kSide - 1) / kSide, i0 = blockIdx.x / tiles * kSide, j0 = blockIdx.x % tiles * kSide;
+  Real *left = carve<Real>(at, kDepth * kSide), *right = carve<Real>(at, kDepth * kSide),
+       *part = carve<Real>(at, 256 / kWarp);
+  const int N = p.states, tiles = (N + kSide - 1) / kSide, i0 = blockIdx.x / tiles * kSide,
+            j0 = blockIdx.x % tiles * kSide;
   const int64_t T = p.time, begin = blockIdx.y * frames, end = min(begin + frames, p.batch * T);
   const Arcs<Real> packed = arcs_of<Real>(p, workspace, blockIdx.y);
   // A power of two that brings the largest |grad| near 1, so that products stay in range.
@@ -90,14 +94,17 @@ int64_t count_blocks(const hmm_problem &p) {
 }
 
 template <class Real>
-int counts(const hmm_problem &p, const Real *grad, const Real *alpha, const Real *norm, const Real *u, const int32_t *method, Real *edge, void *workspace, void *stream) {
+int counts(const hmm_problem &p, const Real *grad, const Real *alpha, const Real *norm, const Real *u,
+           const int32_t *method, Real *edge, void *workspace, void *stream) {
   const unsigned tiles = unsigned((p.states + kSide - 1) / kSide);
   const size_t shared = 2 * carved<Real>(kDepth * kSide) + carved<Real>(256 / kWarp);
   return launch(counts_kernel<Real>, dim3(tiles * tiles, unsigned(count_blocks(p))), 256, shared, stream, p, workspace,
                 frames_a_block(p), grad, alpha, norm, u, method, edge);
 }
 
-template int counts<float>(const hmm_problem &, const float *, const float *, const float *, const float *, const int32_t *, float *, void *, void *);
-template int counts<double>(const hmm_problem &, const double *, const double *, const double *, const double *, const int32_t *, double *, void *, void *);
+template int counts<float>(const hmm_problem &, const float *, const float *, const float *, const float *,
+                           const int32_t *, float *, void *, void *);
+template int counts<double>(const hmm_problem &, const double *, const double *, const double *, const double *,
+                            const int32_t *, double *, void *, void *);
 
 }  // namespace hmm

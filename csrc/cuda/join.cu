@@ -1,11 +1,9 @@
-// Where the walks of a scaled forward pass end: log Z, whether the certificates hold, and the number that the backward pass begins
-// with.
+// Where the walks of a scaled forward pass end: log Z, whether the certificates hold, and the number that the backward
+// pass begins with.
 //
 //   Z' = sum_j a_{L-1}(j), or from both ends sum_ij a_{m-1}(i) A(i, j) b_m(j);     norm[b, 0, 0] = 1 / Z'
 //   log Z = log Z' + sum_t (centre_t + max c) + the tops of initial and final scores - log 2^(30 walks + sum of k)
 //
-// (joined) of csrc/cpu/scaled_arcs.h: a term that is lost in A(i, j) b_m(j) is below 2^-126 and stands before a number of at most
-// N 2^31; so Z' may lack N^3 2^-95 (float), and N^3 2^-65 is demanded of it.
 // One block a sequence: N^2 arcs read from the caches, 4 L bytes of centres. Limits: none on N or T.
 #include "scaled.h"
 
@@ -13,7 +11,8 @@ namespace hmm {
 namespace {
 
 constexpr int kThreads = 256;
-template <class Real> constexpr int kLeastJoinedBits = Range<Real>::kSmallestBits + kTopBits + 1 + Range<Real>::kPrecision + 6;
+template <class Real>
+constexpr int kLeastJoinedBits = Range<Real>::kSmallestBits + kTopBits + 1 + Range<Real>::kPrecision + 6;
 
 // The sum over the block, for all threads, in order; `part` holds a number a warp. Two barriers.
 __device__ __forceinline__ double block_sum(double x, double *part) {
@@ -29,7 +28,8 @@ __device__ __forceinline__ double block_sum(double x, double *part) {
 }
 
 // sum_ij a(i) A(i, j) b(j), a warp a row.
-template <class Real> __device__ __forceinline__ double joined_sum(const Real *a, const Real *arcs, const Real *b, int N, double *part) {
+template <class Real>
+__device__ __forceinline__ double joined_sum(const Real *a, const Real *arcs, const Real *b, int N, double *part) {
   double all = 0;
   for (int i = threadIdx.x / kWarp; i < N; i += kThreads / kWarp) {
     Real sum = 0;
@@ -40,8 +40,9 @@ template <class Real> __device__ __forceinline__ double joined_sum(const Real *a
 }
 
 template <class Real>
-__global__ void __launch_bounds__(kThreads, 1) join_kernel(hmm_problem p, const Carried *carried, const Real *alpha, Real *norm, const Real *centre,
-                                                        void *workspace, Real *log_partition, int32_t *method) {
+__global__ void __launch_bounds__(kThreads, 1)
+    join_kernel(hmm_problem p, const Carried *carried, const Real *alpha, Real *norm, const Real *centre,
+                void *workspace, Real *log_partition, int32_t *method) {
   HMM_SHARED_MEMORY(at);
   Real *part = carve<Real>(at, kThreads / kWarp);
   double *part_double = carve<double>(at, kThreads / kWarp);
@@ -78,13 +79,16 @@ __global__ void __launch_bounds__(kThreads, 1) join_kernel(hmm_problem p, const 
 }  // namespace
 
 template <class Real>
-int join(const hmm_problem &p, const Carried *carried, Real *log_partition, const Real *alpha, Real *norm, const Real *centre,
-         int32_t *method, void *workspace, void *stream) {
-  return launch(join_kernel<Real>, dim3(unsigned(p.batch)), kThreads, carved<Real>(kThreads / kWarp) + carved<double>(kThreads / kWarp), stream, p,
-                carried, alpha, norm, centre, workspace, log_partition, method);
+int join(const hmm_problem &p, const Carried *carried, Real *log_partition, const Real *alpha, Real *norm,
+         const Real *centre, int32_t *method, void *workspace, void *stream) {
+  return launch(join_kernel<Real>, dim3(unsigned(p.batch)), kThreads,
+                carved<Real>(kThreads / kWarp) + carved<double>(kThreads / kWarp), stream, p, carried, alpha, norm,
+                centre, workspace, log_partition, method);
 }
 
-template int join<float>(const hmm_problem &, const Carried *, float *, const float *, float *, const float *, int32_t *, void *, void *);
-template int join<double>(const hmm_problem &, const Carried *, double *, const double *, double *, const double *, int32_t *, void *, void *);
+template int join<float>(const hmm_problem &, const Carried *, float *, const float *, float *, const float *,
+                         int32_t *, void *, void *);
+template int join<double>(const hmm_problem &, const Carried *, double *, const double *, double *, const double *,
+                          int32_t *, void *, void *);
 
 }  // namespace hmm

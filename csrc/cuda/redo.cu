@@ -1,25 +1,27 @@
-// Forward-backward in log space with messages in float64, for transitions that do not vary over time: what the scaled sweeps
-// cannot certify, and transitions of each sequence's own with more states than scaled.cu takes.
+// Forward-backward in log space with messages in float64, for transitions that do not vary over time: what the scaled
+// sweeps cannot certify, and transitions of each sequence's own with more states than scaled.cu takes.
 //
 //   x_t(j)     = log sum_i exp(alpha_{t-1}(i) + phi(i, j)) + e_t(j),     D_t = max_j x_t(j) as a Real
 //   alpha_t(j) = x_t(j) - D_t;           log Z = log sum_j exp(alpha_{L-1}(j)) + sum_t D_t
 //   p(i | j)   = exp(alpha_{t-1}(i) + phi(i, j) - n_t(j)),               n_t(j) = alpha_t(j) + D_t - e_t(j)
 //   gamma_{t-1}(i) = sum_j p(i | j) gamma_t(j) / what these sum to;      counts(i, j) = grad sum_t p(i | j) gamma_t(j)
 //
-// e_t counts the initial scores of frame 0 and the final ones of frame L-1 in. A path that wins in the end may lie thousands of
-// nats below the best at t, where float32 has a spacing of 5e-4. So messages, and the differences that exponentials are taken
-// of, are float64; the exponentials, of differences at most a few, and sums of up to N of them are Reals, exact to 2^-22.
-// alpha_t(j) is stored as two Reals, alpha the nearest one and norm the rest: 48 bits for float32. D_t is a Real and exact.
+// e_t counts the initial scores of frame 0 and the final ones of frame L-1 in. A path that wins in the end may lie
+// thousands of nats below the best at t, where float32 has a spacing of 5e-4. So messages, and the differences that
+// exponentials are taken of, are float64; the exponentials, of differences at most a few, and sums of up to N of them
+// are Reals, exact to 2^-22. alpha_t(j) is stored as two Reals, alpha the nearest one and norm the rest: 48 bits for
+// float32. D_t is a Real and exact.
 //
-// Forward and backward: one block a sequence, one that is not lost ends at once; the arcs come from the caches. Forward, N up to
-// 512: threads / N threads a column, up to eight arcs at once; backward, a warp a row, four rows at once. Counts: every arc is
-// one thread's, over a range of frames, as in counts.cu.
+// Forward and backward: one block a sequence, one that is not lost ends at once; the arcs come from the caches.
+// Forward, N up to 512: threads / N threads a column, up to eight arcs at once; backward, a warp a row, four rows at
+// once. Counts: every arc is one thread's, over a range of frames, as in counts.cu.
 //
-//   launches     1 forward, 2 backward
-//   a frame      N^2 arcs, an exponential and 2 additions in float64 each, forward, backward and in the counts; N logarithms
-//                in float64; 4 N^2 bytes of arcs from the caches and 24 N bytes forward, 32 N backward (float)
-//   a step       3 barriers
-//   limits       N of at most HMM_CUDA_MOST_STATES: beyond kRows, messages pass through shared memory by tiles. T none.
+//   launches   1 forward, 2 backward
+XX
+//   logarithms
+//              in float64; 4 N^2 bytes of arcs from the caches and 24 N bytes forward, 32 N backward (float)
+//   a step     3 barriers
+//   limits     N of at most HMM_CUDA_MOST_STATES: beyond kRows, messages pass through shared memory by tiles. T none.
 //
 // Compiled for sm_75 to sm_120 and executed on the CPU by the tests; not timed on a GPU.
 #include "kernels.h"
@@ -38,7 +40,9 @@ template <class Real> __device__ __forceinline__ void split(double x, Real &high
   high = Real(x);
   low = is_finite(x) ? Real(x - double(high)) : Real(0);
 }
-template <class Real> __device__ __forceinline__ double joined(Real high, Real low) { return double(high) + double(low); }
+template <class Real> __device__ __forceinline__ double joined(Real high, Real low) {
+  return double(high) + double(low);
+}
 
 // The scores of a frame beside those of arcs: emission, initial and final.
 template <class Real> struct Local {
@@ -59,7 +63,8 @@ template <class Real> struct LogSum {
   Real sum = 0;
 
   // Rows `group`, group + groups, ... of `rows`; arcs: column j of the first of them, N apart.
-  __device__ __forceinline__ void add(const Real *arcs, int64_t N, const double *messages, int rows, int group, int groups) {
+  __device__ __forceinline__ void add(const Real *arcs, int64_t N, const double *messages, int rows, int group,
+                                      int groups) {
     constexpr int kBatch = sizeof(Real) == 4 ? 8 : 4;
 #pragma unroll 1
     for (int first = group; first < rows; first += kBatch * groups) {
@@ -99,15 +104,16 @@ template <class Real> struct RedoMemory {
       : messages(carve<double>(memory, min(N, kRows))), tops(carve<double>(memory, threads / kWarp)),
         partial_top(carve<double>(memory, threads)), partial_sum(carve<Real>(memory, threads)) {}
   static size_t bytes(int64_t N, int threads) {
-    return carved<double>(min(N, int64_t(kRows))) + carved<double>(threads / kWarp) + carved<double>(threads) + carved<Real>(threads);
+    return carved<double>(min(N, int64_t(kRows))) + carved<double>(threads / kWarp) + carved<double>(threads) +
+           carved<Real>(threads);
   }
 };
 
-// x_t without local scores, of column `column` (N or more for none), for the first of the threads that share it. alpha, norm: of
-// the frame before. Reached by all threads: barriers.
+// x_t without local scores, of column `column` (N or more for none), for the first of the threads that share it. alpha,
+// norm: of the frame before. Reached by all threads: barriers.
 template <class Real>
-__device__ __forceinline__ double column_sum(const RedoMemory<Real> &held, const Sequence<Real> &q, const Real *alpha, const Real *norm,
-                                             int column, int group, int groups) {
+__device__ __forceinline__ double column_sum(const RedoMemory<Real> &held, const Sequence<Real> &q, const Real *alpha,
+                                             const Real *norm, int column, int group, int groups) {
   const int N = q.states;
   LogSum<Real> sum;
 #pragma unroll 1
@@ -125,7 +131,8 @@ __device__ __forceinline__ double column_sum(const RedoMemory<Real> &held, const
 #if HMM_MUTATION != 4
   __syncthreads();
 #endif
-  return threadIdx.x < unsigned(N) ? combine_groups(held.partial_top, held.partial_sum, groups, N, int(threadIdx.x)) : 0;
+  return threadIdx.x < unsigned(N) ? combine_groups(held.partial_top, held.partial_sum, groups, N, int(threadIdx.x))
+                                   : 0;
 }
 
 // The largest over the block, NaN where one is NaN; a barrier.
@@ -136,11 +143,11 @@ __device__ __forceinline__ double block_larger_or_nan(double x, double *tops) {
   return largest_of(tops, blockDim.x / kWarp);
 }
 
-// Of a frame, from the one before: x_t, then alpha_t = x_t - D_t. Returns max x_t; of the last frame, mass is what exp(alpha_t) of
-// this thread's columns sums to.
+// Of a frame, from the one before: x_t, then alpha_t = x_t - D_t. Returns max x_t; of the last frame, mass is what
+// exp(alpha_t) of this thread's columns sums to.
 template <class Real>
-__device__ __forceinline__ double redo_step(const RedoMemory<Real> &held, const Sequence<Real> &q, int64_t t, int groups, Real *alpha,
-                                            Real *norm, bool last, double &mass) {
+__device__ __forceinline__ double redo_step(const RedoMemory<Real> &held, const Sequence<Real> &q, int64_t t,
+                                            int groups, Real *alpha, Real *norm, bool last, double &mass) {
   const int N = q.states, thread = threadIdx.x, threads = blockDim.x, shared_by = groups > 1 ? N : threads;
   const Local<Real> local(q, t);
   double largest = negative_infinity<double>(), x = 0;
@@ -168,8 +175,9 @@ __device__ __forceinline__ double redo_step(const RedoMemory<Real> &held, const 
 }
 
 template <class Real>
-__global__ void __launch_bounds__(kRedoThreads, 1) redo_forward_kernel(hmm_problem p, int groups, bool all, Real *log_partition, Real *alpha,
-                                                                       Real *norm, Real *centre, int32_t *method) {
+__global__ void __launch_bounds__(kRedoThreads, 1)
+    redo_forward_kernel(hmm_problem p, int groups, bool all, Real *log_partition, Real *alpha, Real *norm, Real *centre,
+                        int32_t *method) {
   const int64_t b = blockIdx.x;
   if (!all && method[b] != HMM_REDONE) return;  // the whole block
   HMM_SHARED_MEMORY(memory);
@@ -202,15 +210,16 @@ __global__ void __launch_bounds__(kRedoThreads, 1) redo_forward_kernel(hmm_probl
 
 // n_t of a state; where it has no posterior, what makes every p(i | j) zero.
 template <class Real>
-__device__ __forceinline__ double entry(const Local<Real> &local, Real alpha, Real norm, Real centre, Real gamma, int j) {
+__device__ __forceinline__ double entry(const Local<Real> &local, Real alpha, Real norm, Real centre, Real gamma,
+                                        int j) {
   return gamma == 0 ? -negative_infinity<double>() : joined(alpha, norm) + double(centre) - local(j);
 }
 
-// gamma_{t-1} of rows, not yet normalised, from a tile of columns of t: `first` and on. A warp a row. Returns what the rows of
-// which this lane is the first one sum to, behind the last tile.
+// gamma_{t-1} of rows, not yet normalised, from a tile of columns of t: `first` and on. A warp a row. Returns what the
+// rows of which this lane is the first one sum to, behind the last tile.
 template <class Real>
-__device__ __forceinline__ Real redo_rows(const Sequence<Real> &q, const double *entries, const Real *gamma, int first, int columns,
-                                          const Real *alpha, const Real *norm, Real *before) {
+__device__ __forceinline__ Real redo_rows(const Sequence<Real> &q, const double *entries, const Real *gamma, int first,
+                                          int columns, const Real *alpha, const Real *norm, Real *before) {
   constexpr int kBatch = 4;
   const int N = q.states, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   Real all = 0;
@@ -248,15 +257,16 @@ __device__ __forceinline__ Real redo_rows(const Sequence<Real> &q, const double 
 
 // gamma of all frames, from the last one on; alpha, norm, centre, state: of the sequence.
 template <class Real>
-__device__ __forceinline__ void redo_walk(const Sequence<Real> &q, unsigned char *memory, const Real *alpha, const Real *norm,
-                                          const Real *centre, Real *state) {
+__device__ __forceinline__ void redo_walk(const Sequence<Real> &q, unsigned char *memory, const Real *alpha,
+                                          const Real *norm, const Real *centre, Real *state) {
   const int N = q.states, thread = threadIdx.x, threads = blockDim.x;
   double *entries = carve<double>(memory, min(N, kRows));
   Real *gamma = carve<Real>(memory, min(N, kRows)), *sums = carve<Real>(memory, threads / kWarp);
   int64_t t = q.length - 1;
   Real sum = 0;
 #pragma unroll 1
-  for (int j = thread; j < N; j += threads) sum += state[t * N + j] = exp(Real(joined(alpha[t * N + j], norm[t * N + j])));
+  for (int j = thread; j < N; j += threads)
+    sum += state[t * N + j] = exp(Real(joined(alpha[t * N + j], norm[t * N + j])));
   for (;; t--) {
     const Local<Real> local(q, t);
     const Real *alpha_t = alpha + t * N, *norm_t = norm + t * N;
@@ -295,8 +305,8 @@ __device__ __forceinline__ void redo_walk(const Sequence<Real> &q, unsigned char
 
 template <class Real>
 __global__ void __launch_bounds__(kBackThreads, 1)
-    redo_backward_kernel(hmm_problem p, const Real *grad, const Real *log_partition, const Real *alpha, const Real *norm, const Real *centre,
-                         const int32_t *method, Real *state) {
+    redo_backward_kernel(hmm_problem p, const Real *grad, const Real *log_partition, const Real *alpha,
+                         const Real *norm, const Real *centre, const int32_t *method, Real *state) {
   const int64_t b = blockIdx.x, N = p.states;
   if (method[b] != HMM_REDONE) return;  // the whole block
   HMM_SHARED_MEMORY(memory);
@@ -316,23 +326,29 @@ __global__ void __launch_bounds__(kBackThreads, 1)
 
 // ---- counts
 
-constexpr int kArcs = 32, kFrames = 32, kArcsEach = 4;  // a block's tile is kArcs^2, kArcsEach a thread; frames at a time
+constexpr int kArcs = 32, kFrames = 32,
+              kArcsEach = 4;  // a block's tile is kArcs^2, kArcsEach a thread; frames at a time
 
-// As counts_kernel (counts.cu), to whose blocks this adds: of sequences that were done again, from their posteriors (times grad).
+// As counts_kernel (counts.cu), to whose blocks this adds: of sequences that were done again, from their posteriors
+// (times grad).
 template <class Real>
-__global__ void __launch_bounds__(256, 2) redo_counts_kernel(hmm_problem p, int64_t frames, const Real *alpha, const Real *norm, const Real *centre,
-                                                          const int32_t *method, const Real *state, Real *edge) {
+__global__ void __launch_bounds__(256, 2)
+    redo_counts_kernel(hmm_problem p, int64_t frames, const Real *alpha, const Real *norm, const Real *centre,
+                       const int32_t *method, const Real *state, Real *edge) {
   HMM_SHARED_MEMORY(at);
   double *left = carve<double>(at, kFrames * kArcs), *right = carve<double>(at, kFrames * kArcs);
   Real *weight = carve<Real>(at, kFrames * kArcs);
-  const int N = p.states, tiles = (N + kArcs - 1) / kArcs, i0 = blockIdx.x / tiles * kArcs, j0 = blockIdx.x % tiles * kArcs;
+  const int N = p.states, tiles = (N + kArcs - 1) / kArcs, i0 = blockIdx.x / tiles * kArcs,
+            j0 = blockIdx.x % tiles * kArcs;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, j = j0 + lane;  // arcs from i0 + warp + 8 m to j
   const int64_t T = p.time, begin = blockIdx.y * frames, end = min(begin + frames, p.batch * T);
   double arcs[kArcsEach], total[kArcsEach];
 #pragma unroll
   for (int m = 0; m < kArcsEach; m++) {
     const int i = i0 + warp + m * (kArcs / kArcsEach);
-    arcs[m] = i < N && j < N ? double(Sequence<Real>(p, begin / T).transition[int64_t(i) * N + j]) : negative_infinity<double>(), total[m] = 0;
+    arcs[m] = i < N && j < N ? double(Sequence<Real>(p, begin / T).transition[int64_t(i) * N + j])
+                             : negative_infinity<double>(),
+    total[m] = 0;
   }
   bool any = false;
 #pragma unroll 1
@@ -350,7 +366,9 @@ __global__ void __launch_bounds__(256, 2) redo_counts_kernel(hmm_problem p, int6
         const int i = i0 + k % kArcs, column = j0 + k % kArcs;
         left[k] = i < N ? joined(alpha[row - N + i], norm[row - N + i]) : 0;
         weight[k] = column < N ? state[row + column] : Real(0);
-        right[k] = column < N ? entry(Local<Real>(q, t), alpha[row + column], norm[row + column], centre[b * T + t], weight[k], column) : 0;
+        right[k] = column < N ? entry(Local<Real>(q, t), alpha[row + column], norm[row + column], centre[b * T + t],
+                                      weight[k], column)
+                              : 0;
       }
       __syncthreads();
       Real sum[kArcsEach] = {};
@@ -380,37 +398,38 @@ __global__ void __launch_bounds__(256, 2) redo_counts_kernel(hmm_problem p, int6
 }  // namespace
 
 template <class Real>
-int redo_forward(const hmm_problem &p, bool all, Real *log_partition, Real *alpha, Real *norm, Real *centre, int32_t *method, void *stream) {
+int redo_forward(const hmm_problem &p, bool all, Real *log_partition, Real *alpha, Real *norm, Real *centre,
+                 int32_t *method, void *stream) {
   const int N = int(p.states), wanted = N <= 8 ? 32 : N <= 16 ? 64 : N <= 32 ? 128 : N <= 64 ? 256 : kRedoThreads;
   const int groups = max(1, min(N, wanted / N)), threads = min(kRedoThreads, (groups * N + kWarp - 1) / kWarp * kWarp);
-  return launch(redo_forward_kernel<Real>, dim3(unsigned(p.batch)), threads, RedoMemory<Real>::bytes(N, threads), stream, p, groups, all,
-                log_partition, alpha, norm, centre, method);
+  return launch(redo_forward_kernel<Real>, dim3(unsigned(p.batch)), threads, RedoMemory<Real>::bytes(N, threads),
+                stream, p, groups, all, log_partition, alpha, norm, centre, method);
 }
 
 template <class Real>
-int redo_backward(const hmm_problem &p, const Real *grad, const Real *log_partition, const Real *alpha, const Real *norm, const Real *centre,
-                  const int32_t *method, Real *state, void *stream) {
+int redo_backward(const hmm_problem &p, const Real *grad, const Real *log_partition, const Real *alpha,
+                  const Real *norm, const Real *centre, const int32_t *method, Real *state, void *stream) {
   const int64_t held = min(p.states, int64_t(kRows));
   const size_t bytes = carved<double>(held) + carved<Real>(held) + carved<Real>(kBackThreads / kWarp);
-  return launch(redo_backward_kernel<Real>, dim3(unsigned(p.batch)), kBackThreads, bytes, stream, p, grad, log_partition, alpha, norm, centre,
-                method, state);
+  return launch(redo_backward_kernel<Real>, dim3(unsigned(p.batch)), kBackThreads, bytes, stream, p, grad,
+                log_partition, alpha, norm, centre, method, state);
 }
 
 template <class Real>
-int redo_counts(const hmm_problem &p, const Real *alpha, const Real *norm, const Real *centre, const int32_t *method, const Real *state,
-                Real *edge, void *stream) {
+int redo_counts(const hmm_problem &p, const Real *alpha, const Real *norm, const Real *centre, const int32_t *method,
+                const Real *state, Real *edge, void *stream) {
   const unsigned tiles = unsigned((p.states + kArcs - 1) / kArcs);
   const size_t bytes = 2 * carved<double>(kFrames * kArcs) + carved<Real>(kFrames * kArcs);
-  return launch(redo_counts_kernel<Real>, dim3(tiles * tiles, unsigned(count_blocks(p))), 256, bytes, stream, p, frames_a_block(p), alpha, norm,
-                centre, method, state, edge);
+  return launch(redo_counts_kernel<Real>, dim3(tiles * tiles, unsigned(count_blocks(p))), 256, bytes, stream, p,
+                frames_a_block(p), alpha, norm, centre, method, state, edge);
 }
 
-#define HMM_OF(Real)                                                                                                        \
-  template int redo_forward<Real>(const hmm_problem &, bool, Real *, Real *, Real *, Real *, int32_t *, void *);            \
-  template int redo_backward<Real>(const hmm_problem &, const Real *, const Real *, const Real *, const Real *, const Real *, \
-                                   const int32_t *, Real *, void *);                                                        \
-  template int redo_counts<Real>(const hmm_problem &, const Real *, const Real *, const Real *, const int32_t *, const Real *, \
-                                 Real *, void *);
+#define HMM_OF(Real)                                                                                             \
+  template int redo_forward<Real>(const hmm_problem &, bool, Real *, Real *, Real *, Real *, int32_t *, void *); \
+  template int redo_backward<Real>(const hmm_problem &, const Real *, const Real *, const Real *, const Real *,  \
+                                   const Real *, const int32_t *, Real *, void *);                               \
+  template int redo_counts<Real>(const hmm_problem &, const Real *, const Real *, const Real *, const int32_t *, \
+                                 const Real *, Real *, void *);
 HMM_OF(float)
 HMM_OF(double)
 #undef HMM_OF

@@ -1,30 +1,32 @@
 // Forward-backward by scaled probabilities, for transitions that do not vary over time and fit a block's registers.
 //
-// The recursions, and when they are exact, are those of csrc/cpu/scaled_arcs.h:
-//
 //   A(i, j) = exp(phi(i, j) - c(j)),  c(j) = max_i phi(i, j);     w_t(j) = exp(e_t(j) + c(j) - max over j of the same)
 //   a_t = 2^k_t (a_{t-1} A) * w_t;    log Z = log sum_j a_{L-1}(j) + what was taken out
 //   y_{t-1} = A (w_t * b_t),  b_{t-1} = 2^k_t y_{t-1} / g_t;      gamma_t = a_t * b_t,  sum_i gamma_t(i) = 1
 //   counts(i, j) = A(i, j) sum_t a_{t-1}(i) 2^k_t w_t(j) b_t(j)
 //
 // k_t brings the sum of a_{t-1} back to 2^30 when it has left [2^18, 2^31). Since sum_i a_{t-1}(i) y_{t-1}(i) is
-// 2^-k_t sum_j a_t(j) b_t(j), the scale of b is known before its sum is; g_t is that sum as it came out, 1 but for rounding,
-// known a step later, and dividing by it (1 / g = 2 - g) keeps rounding from adding up over time. So both sweeps have one
-// barrier a step.
-// A sum may grow to N 2^31 before it is corrected, 2^38 for N = 128: an entry that is lost then has a posterior below
-// 2^(38 - 126 + 30 + 18) = 2^-40 where the CPU's has 2^-47; the least sum that is demanded counts it in.
+// 2^-k_t sum_j a_t(j) b_t(j), the scale of b is known before its sum is; g_t is that sum as it came out, 1 but for
+// rounding, known a step later, and dividing by it (1 / g = 2 - g) keeps rounding from adding up over time. So both
+// sweeps have one barrier a step. When the numbers are exact: scaled.h.
 //
-// What does not depend on the step before is done for all frames at once: prepare.cu exponentiates the transitions and the
-// emissions (w into alpha, where a_t replaces w_t), counts.cu adds up the counts. The sweeps hold A in registers: 4 lanes
-// share a column (forward) or a row (backward), 4 K numbers each; they read the message of the step before from shared
-// memory, 16 bytes at a time, add up over 4 lanes by two shuffles, and write theirs.
+// From both ends, as in csrc/cpu/scaled_arcs.h: with m = (L + 1) / 2, one block walks frames 0 to m-1, another one
+// L-1 to m, against the arcs, b_t = 2^k_t (A b_{t+1}) * w_t from 2^30 w_{L-1}; join.cu makes Z of the two. Backward,
+// each half goes on from the other one's message, to its own end. No step is done twice, and half as many follow each
+// other.
 //
-//   launches        4 forward, 5 backward, whatever T is
-//   a frame         2 N^2 flops forward, 4 N^2 backward with counts; N exponentials each; 16 N bytes forward, 28 N backward
-//                   (float)
-//   a step          the dependent chain: K reads of shared memory, 4 K / 2 fused products, 2 + 3 shuffles, one barrier
-//   limits          N of at most 128 (float), 96 (double): beyond, A does not fit the registers of a block beside the rest (160
-//                  spills from sm_90 on); see steps.cu and log_space.cu. T none. One block a sequence, of 32 threads for 8 states.
+// What does not depend on the step before is done for all frames at once: prepare.cu exponentiates the transitions and
+// the emissions (w into alpha, where a_t replaces w_t), counts.cu adds up the counts. The sweeps hold A in registers: 4
+// lanes share a column (forward) or a row (backward; from the end, the other of the two), 4 K numbers each; they read
+// the message of the step before from shared memory, 16 bytes at a time, add up over 4 lanes by two shuffles, and write
+// theirs.
+//
+//   launches   6 forward, 7 backward with counts, whatever T is; 2 and 3 of them for sequences that are done again
+//   a frame    2 N^2 flops forward, 4 N^2 backward with counts; N exponentials each; 16 N bytes forward, 28 N backward
+//              (float)
+//   a step     the dependent chain: K reads of shared memory, 4 K / 2 fused products, 2 + 3 shuffles, one barrier
+//   limits     N of at most 128 (float), 96 (double): beyond, A does not fit the registers of a block beside the rest
+//              (160 spills from sm_90 on); see steps.cu and redo.cu. T none. 32 threads for 8 states.
 //
 // Compiled for sm_75 to sm_120 and executed on the CPU by the tests; not timed on a GPU.
 #include "scaled.h"
@@ -36,7 +38,8 @@ constexpr int kShare = 4;  // lanes that share a column or row
 constexpr int kOwners = kWarp / kShare;
 
 // This lane's share of a column or row of `count` arcs, `stride` apart; 0 beyond.
-template <int K, class Real> __device__ __forceinline__ void hold(const Real *arcs, int stride, int count, int share, Real (&numbers)[4 * K]) {
+template <int K, class Real>
+__device__ __forceinline__ void hold(const Real *arcs, int stride, int count, int share, Real (&numbers)[4 * K]) {
 #pragma unroll
   for (int k = 0; k < K; k++)
 #pragma unroll
@@ -47,7 +50,8 @@ template <int K, class Real> __device__ __forceinline__ void hold(const Real *ar
 }
 
 // sum over this lane's share of a row in shared memory times its numbers, then over the 4 lanes.
-template <int K, class Real> __device__ __forceinline__ Real product(const Real (&numbers)[4 * K], const Real *row, int share) {
+template <int K, class Real>
+__device__ __forceinline__ Real product(const Real (&numbers)[4 * K], const Real *row, int share) {
   const Four<Real> *four = reinterpret_cast<const Four<Real> *>(row);
   Real even = 0, odd = 0;
 #pragma unroll
@@ -84,7 +88,8 @@ template <int K, class Real> __device__ __forceinline__ Real sum_of_warps(const 
 }
 
 // Does an allowed arc lead from a state with a message to this lane's column? For all lanes of the column.
-template <int K, class Real> __device__ __forceinline__ bool reachable(const Real (&arcs)[4 * K], const Real *previous, int share) {
+template <int K, class Real>
+__device__ __forceinline__ bool reachable(const Real (&arcs)[4 * K], const Real *previous, int share) {
   bool found = false;
 #pragma unroll
   for (int k = 0; k < K; k++)
@@ -99,7 +104,10 @@ template <int K, class Real> struct Rows {
   static constexpr int kPadded = 4 * kShare * K, kParts = (2 * K + 3) / 4 * 4;
   Real *even, *odd, *even_part, *odd_part;
   __device__ explicit Rows(unsigned char *&at)
-      : even(carve<Real>(at, kPadded)), odd(carve<Real>(at, kPadded)), even_part(carve<Real>(at, kParts)), odd_part(carve<Real>(at, kParts)) {}
+      : even(carve<Real>(at, kPadded)),
+        odd(carve<Real>(at, kPadded)),
+        even_part(carve<Real>(at, kParts)),
+        odd_part(carve<Real>(at, kParts)) {}
   static constexpr size_t bytes() { return 2 * carved<Real>(kPadded) + 2 * carved<Real>(kParts); }
   // What pads is 0 throughout. To be followed by a barrier.
   __device__ void clear() const {
@@ -112,17 +120,32 @@ template <int K, class Real> struct Rows {
 
 constexpr int threads_of(int64_t N) { return int((N + kOwners - 1) / kOwners) * kWarp; }
 
-// What a_0 is of this lane's state, before its weight: exp of the initial score; from the end, 1. Two barriers.
-template <class Real> __device__ __forceinline__ Real first_number(Real initial, bool owner, bool from_end, Real *part) {
-  const Real ninf = negative_infinity<Real>();
-  Real top = block_max(owner && !from_end ? initial : ninf, part);
-  if (top == ninf) top = 0;
-  return !owner ? Real(0) : from_end ? Real(1) : weight(initial, Real(0), top);
+// What a_0 is of state j before its weight: exp of the initial score; from the end, 1. Two barriers.
+template <class Real>
+__device__ __forceinline__ Real first_number(const hmm_problem &p, int64_t b, int j, bool from_end, Real *part) {
+  const Real ninf = negative_infinity<Real>(),
+             *scores = static_cast<const Real *>(p.initial) + b * p.initial_batch_stride;
+  const Real initial = j < p.states && !from_end ? scores[j] : ninf, top = block_max(initial, part);
+  if (j >= p.states) return 0;
+  return from_end ? Real(1) : weight(initial, Real(0), top == ninf ? Real(0) : top);
 }
 
-// One block a walk: the grid's second axis has the halves. alpha holds w and gets a (from the end, b); norm[b, t, 0] gets 2^k_t.
+// What a walk ends with, beside its total; `flags`: one a warp. A barrier.
+__device__ __forceinline__ void end_walk(bool lost, int64_t exponents, int32_t *flags, Carried &carried) {
+  const bool any = __any_sync(kAllLanes, lost);
+  if (threadIdx.x % kWarp == 0) flags[threadIdx.x / kWarp] = any;
+  __syncthreads();
+  if (threadIdx.x != 0) return;  // no barrier follows
+  int32_t redo = 0;
+  for (int q = 0; q < int(blockDim.x / kWarp); q++) redo |= flags[q];
+  carried.exponents = exponents, carried.lost = redo;
+}
+
+// One block a walk: the grid's second axis has the halves. alpha holds w and gets a (from the end, b); norm[b, t, 0]
+// gets 2^k_t.
 template <int K, class Real>
-__global__ void __launch_bounds__(64 * K, 1) forward_kernel(hmm_problem p, void *workspace, Real *alpha, Real *norm, Carried *carried) {
+__global__ void __launch_bounds__(64 * K, 1)
+    forward_kernel(hmm_problem p, void *workspace, Real *alpha, Real *norm, Carried *carried) {
   HMM_SHARED_MEMORY(at);
   const Rows<K, Real> rows(at);
   Real *reduced = carve<Real>(at, 2 * K);
@@ -149,7 +172,8 @@ __global__ void __launch_bounds__(64 * K, 1) forward_kernel(hmm_problem p, void 
   const auto weight_of = [&](int64_t s) { return owner && s < n ? row[s * stride] : Real(0); };
   Real a = 0;  // a_t of column j, alike in its lanes
   int64_t exponents = 0;
-  // Hands on a_t and goes on to the next frame; w holds its weight, then that of 3 frames later. Returns false after the last one.
+  // Hands on a_t and goes on to the next frame; w holds its weight, then that of 3 frames later. Returns false after
+  // the last one.
   const auto step = [&](int64_t s, Real &w) {
     if (writer) rows.message(s)[j] = *row = a;
     const Real sum = sum_of_owners(a);
@@ -178,27 +202,21 @@ __global__ void __launch_bounds__(64 * K, 1) forward_kernel(hmm_problem p, void 
     return true;
   };
   Real w_0 = weight_of(0), w_1 = weight_of(1), w_2 = weight_of(2);
-  const Real *initial = static_cast<const Real *>(p.initial) + b * p.initial_batch_stride;
-  const Real start = first_number(initial[owner ? j : 0], owner, from_end, reduced);
+  const Real start = first_number(p, b, j, from_end, reduced);
   a = start * ldexp(Real(1), kTopBits) * w_0;
   lost |= !mixing && a < smallest && start > 0 && w_0 > 0;
   w_0 = weight_of(3);
   __syncwarp();  // the writer of a column puts a_0 where its lanes have read w_0
   for (int64_t s = 0; step(s, w_1) && step(s + 1, w_2) && step(s + 2, w_0); s += 3) {
   }
-  const bool any = __any_sync(kAllLanes, lost);
-  if (lane == 0) flags[warp] = any;
-  __syncthreads();
-  if (threadIdx.x != 0) return;  // no barrier follows
-  int32_t redo = 0;
-  for (int q = 0; q < int(blockDim.x / kWarp); q++) redo |= flags[q];
-  carried->exponents = exponents, carried->lost = redo;
+  end_walk(lost, exponents, flags, *carried);
 }
 
 // One block a walk. w holds w_t and gets 2^k_t w_t b_t (the second half: 2^k_t w_t a_t), what the counts need.
 template <int K, class Real>
 __global__ void __launch_bounds__(64 * K, 1)
-    backward_kernel(hmm_problem p, void *workspace, const Real *grad, const Real *alpha, const Real *norm, const int32_t *method, Real *w, Real *state) {
+    backward_kernel(hmm_problem p, void *workspace, const Real *grad, const Real *alpha, const Real *norm,
+                    const int32_t *method, Real *w, Real *state) {
   HMM_SHARED_MEMORY(at);
   const Rows<K, Real> rows(at);
   const int N = p.states, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -230,7 +248,8 @@ __global__ void __launch_bounds__(64 * K, 1)
   __syncthreads();
 #endif
 
-  // gamma_t and what the next frame needs; a, v and scale hold those of t, then of 3 frames later. Returns false after the last.
+  // gamma_t and what the next frame needs; a, v and scale hold those of t, then of 3 frames later. Returns false after
+  // the last.
   const auto step = [&](int64_t s, Real &a, Real &v, Real &scale) {
     const Real g = s == 0 ? Real(1) : sum_of_warps<K>(rows.part(s - 1));
     Real y = product<K>(arcs, rows.message(s - 1), share);
@@ -254,7 +273,8 @@ __global__ void __launch_bounds__(64 * K, 1)
 #endif
     return s + 1 < n;
   };
-  for (int64_t s = 0; step(s, a_0, v_0, scale_0) && step(s + 1, a_1, v_1, scale_1) && step(s + 2, a_2, v_2, scale_2); s += 3) {
+  for (int64_t s = 0; step(s, a_0, v_0, scale_0) && step(s + 1, a_1, v_1, scale_1) && step(s + 2, a_2, v_2, scale_2);
+       s += 3) {
   }
 }
 
@@ -285,7 +305,9 @@ template <class Real> size_t scaled_workspace(const hmm_problem &p, bool backwar
   const size_t arcs = size_t(matrices(p) * Arcs<Real>::bytes(p.states));
   return arcs + (backward ? sizeof(Real) * size_t(p.batch * p.time * p.states) : 2 * sizeof(Carried) * size_t(p.batch));
 }
-template <class Real> Real *scaled_messages(const hmm_problem &p, void *workspace) { return behind_arcs<Real>(p, workspace); }
+template <class Real> Real *scaled_messages(const hmm_problem &p, void *workspace) {
+  return behind_arcs<Real>(p, workspace);
+}
 
 template <class Real>
 int scaled_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Real *norm, Real *centre, int32_t *method,
@@ -297,7 +319,8 @@ int scaled_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Real 
     constexpr int K = decltype(width)::value;
     const size_t shared = Rows<K, Real>::bytes() + carved<Real>(2 * K) + carved<int32_t>(2 * K);
     const dim3 walks(unsigned(p.batch), p.sharing == HMM_BY_ENDS ? 2 : 1);
-    return launch(forward_kernel<K, Real>, walks, threads_of(p.states), shared, stream, p, workspace, alpha, norm, carried);
+    return launch(forward_kernel<K, Real>, walks, threads_of(p.states), shared, stream, p, workspace, alpha, norm,
+                  carried);
   });
   return status ? status : join(p, carried, log_partition, alpha, norm, centre, method, workspace, stream);
 }
@@ -310,16 +333,16 @@ int scaled_backward(const hmm_problem &p, const Real *grad, const Real *alpha, c
   if (status) return status;
   return with_width<Real>(p.states, [&](auto width) {
     constexpr int K = decltype(width)::value;
-    return launch(backward_kernel<K, Real>, dim3(unsigned(p.batch), 2), threads_of(p.states), Rows<K, Real>::bytes(), stream, p,
-                  workspace, grad, alpha, norm, method, w, state);
+    return launch(backward_kernel<K, Real>, dim3(unsigned(p.batch), 2), threads_of(p.states), Rows<K, Real>::bytes(),
+                  stream, p, workspace, grad, alpha, norm, method, w, state);
   });
 }
 
-#define HMM_INSTANTIATE(Real)                                                                                            \
-  template size_t scaled_workspace<Real>(const hmm_problem &, bool);                                                     \
-  template int scaled_forward<Real>(const hmm_problem &, Real *, Real *, Real *, Real *, int32_t *, void *, void *);     \
-  template Real *scaled_messages<Real>(const hmm_problem &, void *);                                                     \
-  template int scaled_backward<Real>(const hmm_problem &, const Real *, const Real *, const Real *, const Real *,        \
+#define HMM_INSTANTIATE(Real)                                                                                        \
+  template size_t scaled_workspace<Real>(const hmm_problem &, bool);                                                 \
+  template int scaled_forward<Real>(const hmm_problem &, Real *, Real *, Real *, Real *, int32_t *, void *, void *); \
+  template Real *scaled_messages<Real>(const hmm_problem &, void *);                                                 \
+  template int scaled_backward<Real>(const hmm_problem &, const Real *, const Real *, const Real *, const Real *,    \
                                      const int32_t *, Real *, void *, void *);
 HMM_INSTANTIATE(float)
 HMM_INSTANTIATE(double)

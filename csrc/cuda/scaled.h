@@ -1,5 +1,13 @@
-// What the kernels of scaled probabilities share: the arcs made ready, the ranges of the certificates, and how frames are
-// weighed. The recursions are in scaled.cu, and when they are exact in csrc/cpu/scaled_arcs.h.
+// What the kernels of scaled probabilities share: the arcs made ready, the ranges of the certificates, and how frames
+// are weighed. The recursions are in scaled.cu.
+//
+// When are they exact? By the certificates of csrc/cpu/scaled_arcs.h, (mixing) or (entrywise), and (joined) where
+// halves meet. Those hold messages whose sums are below 2^31; here a sum may grow to N 2^31 before it is corrected, a
+// step late. So what they demand of sums grows by N:
+//   (mixing)     s_t >= T N^3 2^(R - 95 + 24), in prepare.cu;
+//   (entrywise)  an entry that is lost backward has a posterior below N 2^-47, 2^-40 for N = 128;
+//   (joined)     Z' >= N^3 2^-65, in join.cu.
+// Double precision: the same with the bits of Range<double>. What fails is done again by redo.cu.
 #pragma once
 #include "device.h"
 #include "kernels.h"
@@ -31,8 +39,8 @@ template <class Real> struct Certificate {
   int32_t usable;  // no allowed arc was flushed
 };
 
-// The arcs of one matrix, ready for use; and of their columns c(j), how far the lowest allowed arc lies below it, in nats,
-// and whether one is forbidden.
+// The arcs of one matrix, ready for use; and of their columns c(j), how far the lowest allowed arc lies below it, in
+// nats, and whether one is forbidden.
 template <class Real> struct Arcs {
   Real *arcs, *top, *spread, *forbidden;  // (N, N), (N,), (N,), (N,) 0 or 1
   Certificate<Real> *certificate;
@@ -40,18 +48,22 @@ template <class Real> struct Arcs {
     return (int64_t(sizeof(Real)) * (N * N + 3 * N) + 15) / 16 * 16 + int64_t(sizeof(Certificate<Real>) + 15) / 16 * 16;
   }
   __device__ Arcs(void *workspace, int64_t matrix, int64_t N)
-      : arcs(reinterpret_cast<Real *>(static_cast<char *>(workspace) + matrix * bytes(N))), top(arcs + N * N), spread(top + N),
+      : arcs(reinterpret_cast<Real *>(static_cast<char *>(workspace) + matrix * bytes(N))),
+        top(arcs + N * N),
+        spread(top + N),
         forbidden(spread + N),
-        certificate(reinterpret_cast<Certificate<Real> *>(reinterpret_cast<char *>(arcs) + (int64_t(sizeof(Real)) * (N * N + 3 * N) + 15) / 16 * 16)) {}
+        certificate(reinterpret_cast<Certificate<Real> *>(reinterpret_cast<char *>(arcs) +
+                                                          (int64_t(sizeof(Real)) * (N * N + 3 * N) + 15) / 16 * 16)) {}
 };
 inline int64_t matrices(const hmm_problem &p) { return p.transition_batch_stride ? p.batch : 1; }
-template <class Real> __device__ __forceinline__ Arcs<Real> arcs_of(const hmm_problem &p, void *workspace, int64_t sequence) {
+template <class Real>
+__device__ __forceinline__ Arcs<Real> arcs_of(const hmm_problem &p, void *workspace, int64_t sequence) {
   return Arcs<Real>(workspace, p.transition_batch_stride ? sequence : 0, p.states);
 }
 
-// The frames that a walk goes through: `first`, first + step, ... From both ends, those before meeting(L) belong to the first half,
-// which goes on from frame 0, the others to the second one, which comes back from frame L-1; the backward pass's walks go from
-// there to the ends.
+// The frames that a walk goes through: `first`, first + step, ... From both ends, those before meeting(L) belong to the
+// first half, which goes on from frame 0, the others to the second one, which comes back from frame L-1; the backward
+// pass's walks go from there to the ends.
 struct Walk {
   int64_t first, frames;
   int step;
@@ -100,7 +112,9 @@ template <class Real> __device__ __forceinline__ Real shift_of(Real c, Real top)
 }
 
 // What is not 0 stays at least 2^-126 (float); NaN stays NaN.
-template <class Real> __device__ __forceinline__ Real at_least_tiny(Real x) { return x < Range<Real>::kTiny ? Range<Real>::kTiny : x; }
+template <class Real> __device__ __forceinline__ Real at_least_tiny(Real x) {
+  return x < Range<Real>::kTiny ? Range<Real>::kTiny : x;
+}
 
 // exp(e + shift - top), 0 for a forbidden state and at least 2^-126 for others. Large scores may cancel: the sum is
 // compensated (Knuth's two-sum).

@@ -1,16 +1,17 @@
-// Forward-backward by scaled probabilities for shared transitions of many states: the product of a step over the whole batch
-// is a matrix product of the caller's library, and what comes between two products is one kernel.
+// Forward-backward by scaled probabilities for shared transitions of many states: the product of a step over the whole
+// batch is a matrix product of the caller's library, and what comes between two products is one kernel.
 //
 //   forward    x = message A (the caller's);   a_t = 2^k_t x * w_t        into alpha, where w_t was, and the message
 //   backward   y = message A^T (the caller's); b_t = 2^k_{t+1} y / g_{t+1},  gamma_t = a_t * b_t,  u_t = w_t * b_t
 //
-// with k, g, the certificates and the two halves of scaled.cu, whose messages are two (B, N) in one product of two matrices, A for
-// one and A^T for the other. What a sequence carries from step to step is in `Carried`. Sequences that have ended keep their message
+// with k, g, the certificates and the two halves of scaled.cu, whose messages are two (B, N) in one product of two
+// matrices, A for one and A^T for the other. What a sequence carries from step to step is in `Carried`. Sequences that
+// have ended keep their message
 // (forward) or have one of zeros (backward); what is multiplied for them is not looked at.
 //
-// A step: 2 B N^2 flops a half in the product, 4 N^2 bytes of arcs each; here B N numbers of four arrays read and written, one block
-// a sequence and half, two barriers. Launches: 2 a step, of which T / 2 follow each other from both ends, else T. Limits: N of at
-// most HMM_CUDA_MOST_STATES; T none.
+// A step: 2 B N^2 flops a half in the product, 4 N^2 bytes of arcs each; here B N numbers of four arrays read and
+// written, one block a sequence and half, two barriers. Launches: 2 a step, of which T / 2 follow each other from both
+// ends, else T. Limits: N of at most HMM_CUDA_MOST_STATES; T none.
 //
 // Compiled for sm_75 to sm_120 and executed on the CPU by the tests; not timed on a GPU.
 #include "scaled.h"
@@ -40,16 +41,18 @@ template <class Number> __device__ __forceinline__ Number block_sum(Number x, Nu
 }
 
 // Does an allowed arc lead to state j from one with a message? From the end: does one lead from j.
-template <class Real> __device__ __forceinline__ bool reachable(const Real *arcs, const Real *previous, int N, int j, bool from_end) {
+template <class Real>
+__device__ __forceinline__ bool reachable(const Real *arcs, const Real *previous, int N, int j, bool from_end) {
   bool found = false;
-  for (int i = 0; !found && i < N; i++) found = previous[i] > 0 && arcs[from_end ? int64_t(j) * N + i : int64_t(i) * N + j] > 0;
+  for (int i = 0; !found && i < N; i++)
+    found = previous[i] > 0 && arcs[from_end ? int64_t(j) * N + i : int64_t(i) * N + j] > 0;
   return found;
 }
 
 // The s-th frame of every walk; the grid's second axis has the halves.
 template <class Real>
-__global__ void __launch_bounds__(kThreads) forward_kernel(hmm_problem p, int64_t s, const Real *product, Real *message, Real *alpha,
-                                                           Real *norm, void *workspace, Carried *state) {
+__global__ void __launch_bounds__(kThreads) forward_kernel(hmm_problem p, int64_t s, const Real *product, Real *message,
+                                                           Real *alpha, Real *norm, void *workspace, Carried *state) {
   HMM_SHARED_MEMORY(at);
   Real *part = carve<Real>(at, kThreads / kWarp);
   const int N = p.states;
@@ -91,20 +94,22 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(hmm_problem p, int64_
 
 // The messages of the other halves, which the first products are of; zeros where there is nothing to go on from.
 template <class Real>
-__global__ void __launch_bounds__(kThreads) meet_kernel(hmm_problem p, const Real *alpha, const int32_t *method, Real *message) {
+__global__ void __launch_bounds__(kThreads)
+    meet_kernel(hmm_problem p, const Real *alpha, const int32_t *method, Real *message) {
   const int N = p.states;
   const int64_t b = blockIdx.x;
   const bool both = method[b] == HMM_BOTH_ENDS;
   const Walk walk = walk_to_ends(p.lengths[b], both, blockIdx.y == 1);
   const bool meets = both && walk.frames > 0 && walk.meets;
   for (int i = threadIdx.x; i < N; i += kThreads)
-    message[(blockIdx.y * p.batch + b) * N + i] = meets ? alpha[(b * p.time + walk.first - walk.step) * N + i] : Real(0);
+    message[(blockIdx.y * p.batch + b) * N + i] =
+        meets ? alpha[(b * p.time + walk.first - walk.step) * N + i] : Real(0);
 }
 
 template <class Real>
-__global__ void __launch_bounds__(kThreads) backward_kernel(hmm_problem p, int64_t s, const Real *grad, const Real *product, Real *message,
-                                                            const Real *alpha, const Real *norm, const int32_t *method, Real *w, Real *posterior,
-                                                            Carried *state) {
+__global__ void __launch_bounds__(kThreads)
+    backward_kernel(hmm_problem p, int64_t s, const Real *grad, const Real *product, Real *message, const Real *alpha,
+                    const Real *norm, const int32_t *method, Real *w, Real *posterior, Carried *state) {
   HMM_SHARED_MEMORY(at);
   Real *part = carve<Real>(at, kThreads / kWarp);
   const int N = p.states;
@@ -154,40 +159,45 @@ template <class Real> int steps_begin(const hmm_problem &p, Real *alpha, Real *c
 inline dim3 walks(const hmm_problem &p) { return dim3(unsigned(p.batch), p.sharing == HMM_BY_ENDS ? 2 : 1); }
 
 template <class Real>
-int steps_forward(const hmm_problem &p, int64_t s, const Real *product, Real *message, Real *alpha, Real *norm, void *workspace, void *stream) {
-  return launch(forward_kernel<Real>, walks(p), kThreads, kShared, stream, p, s, product, message, alpha, norm, workspace,
-                carried<Real>(p, workspace));
+int steps_forward(const hmm_problem &p, int64_t s, const Real *product, Real *message, Real *alpha, Real *norm,
+                  void *workspace, void *stream) {
+  return launch(forward_kernel<Real>, walks(p), kThreads, kShared, stream, p, s, product, message, alpha, norm,
+                workspace, carried<Real>(p, workspace));
 }
 
 template <class Real>
-int steps_end(const hmm_problem &p, Real *log_partition, const Real *alpha, Real *norm, const Real *centre, int32_t *method, void *workspace,
-              void *stream) {
+int steps_end(const hmm_problem &p, Real *log_partition, const Real *alpha, Real *norm, const Real *centre,
+              int32_t *method, void *workspace, void *stream) {
   return join(p, carried<Real>(p, workspace), log_partition, alpha, norm, centre, method, workspace, stream);
 }
 
 template <class Real>
-int steps_back_begin(const hmm_problem &p, const Real *alpha, const Real *centre, const int32_t *method, Real *message, void *workspace,
-                     void *stream) {
-  const int status = prepare(p, false, const_cast<Real *>(centre), steps_messages<Real>(p, workspace), workspace, stream);
+int steps_back_begin(const hmm_problem &p, const Real *alpha, const Real *centre, const int32_t *method, Real *message,
+                     void *workspace, void *stream) {
+  const int status =
+      prepare(p, false, const_cast<Real *>(centre), steps_messages<Real>(p, workspace), workspace, stream);
   return status ? status : launch(meet_kernel<Real>, walks(p), kThreads, 0, stream, p, alpha, method, message);
 }
 
 template <class Real>
-int steps_backward(const hmm_problem &p, int64_t s, const Real *grad, const Real *product, Real *message, const Real *alpha,
-                   const Real *norm, const int32_t *method, Real *state, void *workspace, void *stream) {
-  return launch(backward_kernel<Real>, walks(p), kThreads, kShared, stream, p, s, grad, product, message, alpha, norm, method,
-                steps_messages<Real>(p, workspace), state, carried<Real>(p, workspace));
+int steps_backward(const hmm_problem &p, int64_t s, const Real *grad, const Real *product, Real *message,
+                   const Real *alpha, const Real *norm, const int32_t *method, Real *state, void *workspace,
+                   void *stream) {
+  return launch(backward_kernel<Real>, walks(p), kThreads, kShared, stream, p, s, grad, product, message, alpha, norm,
+                method, steps_messages<Real>(p, workspace), state, carried<Real>(p, workspace));
 }
 
-#define HMM_INSTANTIATE(Real)                                                                                            \
-  template size_t steps_workspace<Real>(const hmm_problem &, bool);                                                      \
-  template int steps_begin<Real>(const hmm_problem &, Real *, Real *, void *, void *);                                   \
-  template int steps_forward<Real>(const hmm_problem &, int64_t, const Real *, Real *, Real *, Real *, void *, void *);  \
-  template int steps_end<Real>(const hmm_problem &, Real *, const Real *, Real *, const Real *, int32_t *, void *, void *); \
-  template int steps_back_begin<Real>(const hmm_problem &, const Real *, const Real *, const int32_t *, Real *, void *,  \
-                                      void *);                                                                           \
-  template int steps_backward<Real>(const hmm_problem &, int64_t, const Real *, const Real *, Real *, const Real *,      \
-                                    const Real *, const int32_t *, Real *, void *, void *);                              \
+#define HMM_INSTANTIATE(Real)                                                                                       \
+  template size_t steps_workspace<Real>(const hmm_problem &, bool);                                                 \
+  template int steps_begin<Real>(const hmm_problem &, Real *, Real *, void *, void *);                              \
+  template int steps_forward<Real>(const hmm_problem &, int64_t, const Real *, Real *, Real *, Real *, void *,      \
+                                   void *);                                                                         \
+  template int steps_end<Real>(const hmm_problem &, Real *, const Real *, Real *, const Real *, int32_t *, void *,  \
+                               void *);                                                                             \
+  template int steps_back_begin<Real>(const hmm_problem &, const Real *, const Real *, const int32_t *, Real *,     \
+                                      void *, void *);                                                              \
+  template int steps_backward<Real>(const hmm_problem &, int64_t, const Real *, const Real *, Real *, const Real *, \
+                                    const Real *, const int32_t *, Real *, void *, void *);                         \
   template Real *steps_messages<Real>(const hmm_problem &, void *);
 HMM_INSTANTIATE(float)
 HMM_INSTANTIATE(double)
