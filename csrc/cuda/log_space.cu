@@ -15,7 +15,7 @@
 // to 32 lanes go along a row, four rows at once. M_t is subtracted where alpha is read, which saves a barrier.
 // Cost a step, N^2 arcs, forward: an exponential, 2 maxima, 5 additions an arc, 4 (8 in float64) bytes read, and 16 N
 // bytes; backward: an exponential, 4 additions, a product, 4 bytes read, 4 written where edges are asked for. Barriers
-// a step: 1 and one a chunk of 8 KB: 2 for N up to 45 in float32, 3 for N = 50, 9 for 128.
+// a step: 1 and one a chunk of 10 KB: 2 for N up to 50 in float32, 8 for 128.
 // Limits: N at most HMM_CUDA_MOST_STATES_VARYING, T none. Shared memory within 48 KB. Compiled and executed on the CPU,
 // not timed.
 #include "kernels.h"
@@ -154,8 +154,10 @@ __global__ void __launch_bounds__(Tiled ? kTile : kMostThreads, kBlocks<Real>)
   int64_t t = 0;
   ring.start(q.arcs(1), q.stride, q.length - 1);
   Chunk<Real, Tiled> chunk = {};
+  Real ahead = q.next_emission(0);
   for (bool goes_on = q.length > 0; goes_on; t++) {
-    Frame<Real> frame(q, t);
+    Frame<Real> frame(q, t, !Tiled, ahead);
+    ahead = Tiled ? Real(0) : q.next_emission(t + 1);
     Real *const norm_t = norm + t * N, *const alpha_t = alpha + t * N;
     Real top_c = negative_infinity<Real>();
     if (t > 0) top_c = sweep(ring, chunk, q.arcs(t), middle, held, norm_t, alpha_t);

@@ -17,9 +17,9 @@
 // once. Counts: every arc is one thread's, over a range of frames, as in counts.cu.
 //
 //   launches   1 forward, 2 backward
-XX
-//   logarithms
-//              in float64; 4 N^2 bytes of arcs from the caches and 24 N bytes forward, 32 N backward (float)
+//   a frame    N^2 arcs, an exponential and 2 additions in float64 each, forward, backward and in the counts;
+//              N logarithms in float64; 4 N^2 bytes of arcs from the caches and 24 N bytes forward, 32 N backward
+//              (float)
 //   a step     3 barriers
 //   limits     N of at most HMM_CUDA_MOST_STATES: beyond kRows, messages pass through shared memory by tiles. T none.
 //

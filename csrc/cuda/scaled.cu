@@ -120,6 +120,16 @@ template <int K, class Real> struct Rows {
 
 constexpr int threads_of(int64_t N) { return int((N + kOwners - 1) / kOwners) * kWarp; }
 
+// What a thread owns, with the other lanes of its share: number `own` of a message, which one of them writes.
+struct Place {
+  int lane, warp, share, own;
+  bool owner, writer;
+};
+__device__ __forceinline__ Place place(int N) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, own = warp * kOwners + lane / kShare;
+  return {lane, warp, lane % kShare, own, own < N, own < N && lane % kShare == 0};
+}
+
 // What a_0 is of state j before its weight: exp of the initial score; from the end, 1. Two barriers.
 template <class Real>
 __device__ __forceinline__ Real first_number(const hmm_problem &p, int64_t b, int j, bool from_end, Real *part) {
@@ -150,9 +160,9 @@ __global__ void __launch_bounds__(64 * K, 1)
   const Rows<K, Real> rows(at);
   Real *reduced = carve<Real>(at, 2 * K);
   int32_t *flags = carve<int32_t>(at, 2 * K);
-  const int N = p.states, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int share = lane % kShare, j = warp * kOwners + lane / kShare;
-  const bool owner = j < N, writer = owner && share == 0, from_end = blockIdx.y == 1;
+  const int N = p.states;
+  const auto [lane, warp, share, j, owner, writer] = place(N);
+  const bool from_end = blockIdx.y == 1;
   const int64_t b = blockIdx.x;
   const Walk walk = walk_from_ends(p.lengths[b], gridDim.y == 2, from_end);
   if (walk.frames == 0) return;  // the whole block
@@ -219,9 +229,9 @@ __global__ void __launch_bounds__(64 * K, 1)
                     const int32_t *method, Real *w, Real *state) {
   HMM_SHARED_MEMORY(at);
   const Rows<K, Real> rows(at);
-  const int N = p.states, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int share = lane % kShare, i = warp * kOwners + lane / kShare;
-  const bool owner = i < N, writer = owner && share == 0, to_end = blockIdx.y == 1;
+  const int N = p.states;
+  const auto [lane, warp, share, i, owner, writer] = place(N);
+  const bool to_end = blockIdx.y == 1;
   const int64_t b = blockIdx.x, L = p.lengths[b], T = p.time;
   if (method[b] != HMM_SCALED && method[b] != HMM_BOTH_ENDS) return;  // the whole block
   const Walk walk = walk_to_ends(L, method[b] == HMM_BOTH_ENDS, to_end);

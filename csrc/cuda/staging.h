@@ -1,7 +1,7 @@
 // The N x N scores of the arcs of a step on their way through shared memory, and reductions over a block.
 //
 // Scores lie row after row, (N, N), and are gone through in tiles of columns (one, where a block has a thread a
-// column), a tile in chunks of rows, about 8 KB each. A ring of four chunks is in flight: while one is computed, the
+// column), a tile in chunks of rows, 10 KB at most each. A ring of four chunks is in flight: while one is computed, the
 // next three are being copied, across the steps, since no score depends on a message. A chunk comes in pieces of 16
 // bytes wherever these lie whole in it, whatever N and the alignment: it is put into its slot as far from a multiple of
 // 16 as it is in global memory, and only its ends are copied number by number. One barrier a chunk: behind it a chunk
@@ -11,7 +11,7 @@
 
 namespace hmm {
 
-constexpr int kStages = 4;
+constexpr int kStages = 4, kChunk = 10240;  // bytes at most: all of a step of 50 states in float32
 constexpr int kMostThreads = 512,
               kTile = 256;  // threads of a block that has whole rows; columns and threads of one that has tiles
 template <class Real>
@@ -37,12 +37,12 @@ template <class Real> Tiling tiling_of(int64_t states, int most_threads, int mos
   o.states = N;
   o.width = tiled ? width : N;
   o.tiles = (N + o.width - 1) / o.width;
-  const int wanted = min(most_threads, N <= 8 ? 32 : N <= 16 ? 64 : N <= 32 ? 128 : N <= 64 ? 256 : 512);
+  const int wanted = min(most_threads, N <= 8 ? 32 : N <= 16 ? 64 : N <= 32 ? 128 : 512);
   o.groups = tiled ? 1 : max(1, min(N, wanted / N));
   o.threads = tiled ? most_threads : (o.groups * N + kWarp - 1) / kWarp * kWarp;
   o.pitch = tiled ? (o.width + 2 * V - 2) / V * V : 0;
   const int left = (48 * 1024 - int(fixed)) / kStages / int(sizeof(Real)) - V;
-  int most = max(1, min(N, min(8 * 1024 / int(sizeof(Real)), left) / (tiled ? o.pitch : N)));
+  int most = max(1, min(N, min(kChunk / int(sizeof(Real)), left) / (tiled ? o.pitch : N)));
   if (most > o.groups) most -= most % o.groups;
   o.chunks = (N + most - 1) / most;
   o.rows = (N + o.chunks - 1) / o.chunks;
@@ -199,6 +199,11 @@ template <class Real> struct Sequence {
         final(p.final ? static_cast<const Real *>(p.final) + b * p.final_batch_stride : nullptr),
         length(p.lengths[b]), stride(p.transition_time_stride), states(int(p.states)) {}
 
+  // The emission of the thread's first column, for a frame that comes later: nothing waits for it yet.
+  __device__ __forceinline__ Real next_emission(int64_t t) const {
+    const bool any = emission && t < length && int(threadIdx.x) < states;
+    return any ? emission[t * states + threadIdx.x] : negative_infinity<Real>();
+  }
   // Scores of the arcs from frame t-1 to frame t.
   __device__ __forceinline__ const Real *arcs(int64_t t) const { return transition + (t - 1) * stride; }
 };
@@ -209,9 +214,15 @@ template <class Real> struct Frame {
   const Real *emission, *final;  // null for none
   Real e, f, top_e, top_f;       // the largest of these columns, then of all
 
-  __device__ __forceinline__ Frame(const Sequence<Real> &q, int64_t t)
+  // `ahead`: the emission of the thread's column, where that is its only one (`alone`): what next_emission gave a frame
+  // ago.
+  __device__ __forceinline__ Frame(const Sequence<Real> &q, int64_t t, bool alone, Real ahead)
       : emission(q.emission ? q.emission + t * q.states : nullptr), final(t == q.length - 1 ? q.final : nullptr) {
     e = f = top_e = top_f = negative_infinity<Real>();
+    if (alone && !final) {
+      top_e = e = ahead;
+      return;
+    }
 #pragma unroll 1
     for (int j = threadIdx.x; j < q.states; j += blockDim.x) {
       if (emission) top_e = fmax(top_e, e = emission[j]);

@@ -8,7 +8,7 @@
 // shared memory (staging.h), back-pointers go to global memory as int16. The walk back is one thread's, through shared
 // memory that the block fills, up to N = 512, where a step costs less than a trip to global memory; above, from global
 // memory. Cost a step, N^2 arcs: 2 additions, 2 comparisons an arc, 4 (8 in float64) bytes read, and 2 N bytes of
-// pointers written and read. Barriers a step: 1 and one a chunk of 8 KB: 2 for N up to 45 in float32, 3 for N = 50; a
+// pointers written and read. Barriers a step: 1 and one a chunk of 10 KB: 2 for N up to 50 in float32; a
 // few a chunk of pointers. Above N = 512, where a column is one thread's, messages are in global memory and read from
 // the first cache, a number for all threads at once. Limits: N at most HMM_CUDA_MOST_STATES, shared memory within 48
 // KB; T none. Compiled and executed on the CPU, not timed.
@@ -161,8 +161,10 @@ __global__ void __launch_bounds__(Tiled ? kTile : kMostThreads, kBlocks<Real>)
   ring.start(q.arcs(1), q.stride, q.length - 1);
   Chunk<Real, Tiled> chunk = {};
   int64_t t = 0;
+  Real ahead = q.next_emission(0);
   for (bool goes_on = q.length > 0; goes_on; t++) {
-    Frame<Real> frame(q, t);
+    Frame<Real> frame(q, t, !Tiled, ahead);
+    ahead = Tiled ? Real(0) : q.next_emission(t + 1);
     Real top = negative_infinity<Real>(), largest = top;
     if (t > 0) sweep(ring, chunk, q.arcs(t), middle, held, pointers + t * N);
     else {
