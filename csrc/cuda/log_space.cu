@@ -4,8 +4,8 @@
 //   norm_t(j)  = c_t(j) - C_t + log sum_i exp(alpha_{t-1}(i) + phi_t(i, j) - c_t(j)),        C_t = max_j c_t(j)
 //   alpha_t(j) = norm_t(j) + (e_t(j) - max e_t) - M_t,                                      max_j alpha_t(j) = 0
 //   log Z      = log sum_j exp(alpha_{L-1}(j) + f(j)) + sum_t (C_t + max e_t + M_t)         (the sum in float64)
-//   p(z_{t-1} = i, z_t = j | x) = exp(phi_t(i, j) - C_t - u_t(j) + alpha_{t-1}(i)),          u_t(j) = norm_t(j) - log
-//   gamma_t(j) gamma_{t-1}(i) = sum_j p(z_{t-1} = i, z_t = j | x) / what these sum to over i
+//   p(z_{t-1} = i, z_t = j | x) = exp(phi_t(i, j) - C_t - u_t(j) + alpha_{t-1}(i)),   u_t(j) = norm_t(j) - log gamma_t(j)
+//   gamma_{t-1}(i) = sum_j p(z_{t-1} = i, z_t = j | x) / what these sum to over i
 //
 // (csrc/cpu/log_space.h: every difference is between numbers of like size, messages are centred at every step.)
 //
@@ -24,7 +24,7 @@
 namespace hmm {
 namespace {
 
-constexpr int kBackwardThreads = 256, kBackwardTile = 128;  // narrower tiles: a row's columns are shared by lanes
+constexpr int kTiledThreads = 256, kBackwardTile = 128;  // narrower tiles: a row's columns are shared by lanes
 
 // ---- forward
 
@@ -108,9 +108,9 @@ template <class Real>
 __device__ __forceinline__ Real combine(const Real *partial_top, const Real *partial_sum, int groups, int N, int j,
                                         Real &log_sum) {
   Real c = negative_infinity<Real>(), sum = 0;
-#pragma unroll 1
+#pragma unroll 4
   for (int g = 0; g < groups; g++) c = fmax(c, partial_top[g * N + j]);
-#pragma unroll 1
+#pragma unroll 4
   for (int g = 0; g < groups; g++) sum += partial_sum[g * N + j] * exp(partial_top[g * N + j] - or_zero(c));
   log_sum = sum == 0 ? Real(0) : log(sum);
   return c;
@@ -313,7 +313,7 @@ template <class Real, bool Tiled> struct Backward {
 };
 
 template <class Real, bool Tiled>
-__global__ void __launch_bounds__(kBackwardThreads, 2 * kBlocks<Real>)
+__global__ void __launch_bounds__(Tiled ? kTiledThreads : kMostThreads, (Tiled ? 2 : 1) * kBlocks<Real>)
     backward_kernel(hmm_problem p, Tiling o, const Real *grad, const Real *log_partition, const Real *alpha,
                     const Real *norm, const Real *centre, Real *state, Real *edge) {
   HMM_SHARED_MEMORY(memory);
@@ -355,8 +355,9 @@ int log_space_backward(const hmm_problem &p, const Real *grad, const Real *log_p
                        const Real *norm, const Real *centre, Real *state, Real *edge, void *stream) {
   if (p.batch == 0) return HMM_OK;
   const bool tiled = p.states > kBackwardTile;
-  const Tiling o = tiling_of<Real>(p.states, kBackwardThreads, kBackwardTile, kBackwardTile,
-                                   backward_fixed<Real>(kBackwardThreads, p.states, tiled));
+  const int most = tiled ? kTiledThreads : kMostThreads;
+  const size_t fixed = backward_fixed<Real>(most, p.states, tiled);
+  const Tiling o = tiling_of<Real>(p.states, most, kBackwardTile, kBackwardTile, fixed);
   const size_t bytes = Ring<Real, true>::bytes(o) + backward_fixed<Real>(o.threads, p.states, tiled);
   return launch(tiled ? backward_kernel<Real, true> : backward_kernel<Real, false>, dim3(unsigned(p.batch)), o.threads,
                 bytes, stream, p, o, grad, log_partition, alpha, norm, centre, state, edge);

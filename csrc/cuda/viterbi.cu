@@ -115,7 +115,7 @@ __device__ __forceinline__ Real combine(const Real *partial_best, const int *par
                                         int &from) {
   Real best = partial_best[j];
   from = partial_from[j];
-#pragma unroll 1
+#pragma unroll 4
   for (int g = 1; g < groups; g++) {
     const Real x = partial_best[g * N + j];
     const int i = partial_from[g * N + j];
