@@ -99,6 +99,12 @@ __device__ __forceinline__ bool reachable(const Real (&arcs)[4 * K], const Real 
   return votes >> (lane / kShare * kShare) & ((1u << kShare) - 1);
 }
 
+// Is this lane's column one that is suspect, and reachable? For whole warps.
+template <int K, class Real>
+__device__ __forceinline__ bool flushed(const Real (&arcs)[4 * K], const Real *previous, int share, bool suspect) {
+  return __any_sync(kAllLanes, suspect) && reachable<K>(arcs, previous, share) && suspect;
+}
+
 // What a sweep keeps in shared memory: the messages of two steps, and their sums by warps.
 template <int K, class Real> struct Rows {
   static constexpr int kPadded = 4 * kShare * K, kParts = (2 * K + 3) / 4 * 4;
@@ -182,8 +188,7 @@ __global__ void __launch_bounds__(64 * K, 1)
   const auto weight_of = [&](int64_t s) { return owner && s < n ? row[s * stride] : Real(0); };
   Real a = 0;  // a_t of column j, alike in its lanes
   int64_t exponents = 0;
-  // Hands on a_t and goes on to the next frame; w holds its weight, then that of 3 frames later. Returns false after
-  // the last one.
+  // Hands on a_t and goes on to the next frame; w holds its weight, then that of 3 frames later. False after the last.
   const auto step = [&](int64_t s, Real &w) {
     if (writer) rows.message(s)[j] = *row = a;
     const Real sum = sum_of_owners(a);
@@ -201,12 +206,8 @@ __global__ void __launch_bounds__(64 * K, 1)
     const Real scale = up ? ldexp(Real(1), up) : Real(1);
     exponents += up;
     a = product<K>(arcs, rows.message(s), share) * w * scale;
-    scales += stride;
-    if (threadIdx.x == 0) *scales = scale;
-    if (!mixing) {
-      const bool suspect = a < smallest * scale && w > 0;
-      if (__any_sync(kAllLanes, suspect)) lost |= reachable<K>(arcs, rows.message(s), share) && suspect;
-    }
+    if (threadIdx.x == 0) scales[(s + 1) * stride] = scale;
+    if (!mixing) lost |= flushed<K>(arcs, rows.message(s), share, a < smallest * scale && w > 0);
     w = owner && s + 4 < n ? row[ahead] : Real(0);
     row += stride;
     return true;
@@ -217,8 +218,7 @@ __global__ void __launch_bounds__(64 * K, 1)
   lost |= !mixing && a < smallest && start > 0 && w_0 > 0;
   w_0 = weight_of(3);
   __syncwarp();  // the writer of a column puts a_0 where its lanes have read w_0
-  for (int64_t s = 0; step(s, w_1) && step(s + 1, w_2) && step(s + 2, w_0); s += 3) {
-  }
+  for (int64_t s = 0; step(s, w_1) && step(s + 1, w_2) && step(s + 2, w_0); s += 3) continue;
   end_walk(lost, exponents, flags, *carried);
 }
 
@@ -284,8 +284,8 @@ __global__ void __launch_bounds__(64 * K, 1)
     return s + 1 < n;
   };
   for (int64_t s = 0; step(s, a_0, v_0, scale_0) && step(s + 1, a_1, v_1, scale_1) && step(s + 2, a_2, v_2, scale_2);
-       s += 3) {
-  }
+       s += 3)
+    continue;
 }
 
 // Calls body(Width<K>) for the smallest K of the list with 16 K >= N.
