@@ -51,8 +51,9 @@ __device__ __forceinline__ bool reachable(const Real *arcs, const Real *previous
 
 // The s-th frame of every walk; the grid's second axis has the halves.
 template <class Real>
-__global__ void __launch_bounds__(kThreads) forward_kernel(hmm_problem p, int64_t s, const Real *product, Real *message,
-                                                           Real *alpha, Real *norm, void *workspace, Carried *state) {
+__global__ void __launch_bounds__(kThreads, 1)
+    forward_kernel(hmm_problem p, int64_t s, const Real *product, Real *message, Real *alpha, Real *norm,
+                   void *workspace, Carried *state) {
   HMM_SHARED_MEMORY(at);
   Real *part = carve<Real>(at, kThreads / kWarp);
   const int N = p.states;
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(hmm_problem p, int64_
 
 // The messages of the other halves, which the first products are of; zeros where there is nothing to go on from.
 template <class Real>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     meet_kernel(hmm_problem p, const Real *alpha, const int32_t *method, Real *message) {
   const int N = p.states;
   const int64_t b = blockIdx.x;
@@ -107,7 +108,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Real>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     backward_kernel(hmm_problem p, int64_t s, const Real *grad, const Real *product, Real *message, const Real *alpha,
                     const Real *norm, const int32_t *method, Real *w, Real *posterior, Carried *state) {
   HMM_SHARED_MEMORY(at);
