@@ -28,18 +28,21 @@ def stream_of(device: torch.device) -> Iterator[int | None]:
         yield torch.cuda.current_stream(device).cuda_stream
 
 
-# Up to this many states a step of steps.cu is bound by its launches (two of some 3 us): from both ends it does twice the work in
-# the same time, for N^2 more numbers of memory. At 4,096 states a product reads 64 MB of arcs, which takes longer (30 us at
-# 2 TB/s) and is read twice, once a half, from both ends: nothing is won.
+# What walking from both ends saves and costs, in us; estimated, not measured (csrc/cuda/README.md). A step of scaled.cu
+# is a chain of some 540 cycles, one of steps.cu two launches; where the halves meet, one block a sequence reads all
+# arcs, at some 50 GB/s.
+_STEP, _LAUNCHED_STEP, _JOINED_ARC = 0.35, 6.0, 8e-5
+# Beyond, a step of steps.cu is bound by the bytes of its arcs, not by launches: 64 MB at 4,096 states, 30 us at 2 TB/s.
+# From both ends these are read twice, once a half, and nothing is won; up to here, N^2 more numbers are the price.
 _BOTH_ENDS_TO = 2048
 
 
-def walk_both_ends(batch: int, time: int, num_states: int, in_steps: bool) -> bool:
+def walk_both_ends(time: int, num_states: int, in_steps: bool) -> bool:
     """Whether a sequence is to be walked from both of its ends at once, half as many steps one after the other.
 
-    Within a kernel (csrc/cuda/scaled.cu), always: it takes a launch more (3 us, and N^2 arcs read from the caches), and saves T / 2
-    steps of 0.3 to 0.9 us; where B blocks fill the GPU, 2 B blocks of half the length take as long."""
-    return time > 1 and (not in_steps or num_states <= _BOTH_ENDS_TO)
+    The batch's size does not matter: where B blocks fill the GPU, 2 B blocks of half the length take as long."""
+    saved = time // 2 * (_LAUNCHED_STEP if in_steps else _STEP)
+    return saved > num_states**2 * _JOINED_ARC and (not in_steps or num_states <= _BOTH_ENDS_TO)
 
 
 class Call(ops._Call):
@@ -84,8 +87,8 @@ class Call(ops._Call):
 
     def share(self, both_ends: bool) -> None:
         """Chooses how a pass goes through time; a function of the shape, since the passes in steps must agree."""
-        batch, time, num_states = self.shape
-        if both_ends and walk_both_ends(batch, time, num_states, self.in_steps) and not self.time_varying:
+        _, time, num_states = self.shape
+        if both_ends and not self.time_varying and walk_both_ends(time, num_states, self.in_steps):
             self.problem.sharing = library.BY_ENDS
 
     @property

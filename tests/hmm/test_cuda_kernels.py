@@ -114,8 +114,8 @@ def test_a_matrix_product_a_step(on_cpu, monkeypatch, dtype, states, forbidden, 
 @pytest.mark.parametrize("kind", ["shared", "per-sequence"])
 @pytest.mark.parametrize("states", [40, 130])
 def test_a_state_that_flushes_among_many(on_cpu, kind, states):
-    """Left-to-right chains with emissions 500 nats apart: a product would lose what wins later, and float32 messages some
-    thousand nats apart would cost the posterior of an arc 6e-5."""
+    """Left-to-right chains with emissions 500 nats apart: a product would lose what wins later, and float32 messages
+    some thousand nats apart would cost the posterior of an arc 6e-5."""
     chain = left_to_right(states, states + 30, 500.0)
     if kind == "per-sequence":
         chain["transition"] = chain["transition"].repeat(chain["emission"].shape[0], 1, 1)
