@@ -1,10 +1,10 @@
-// The vocabulary of the kernels in this folder: what nvcc and tests/cpp/cuda/on_cpu.h (HMM_ON_CPU), which executes the same
-// sources without a GPU, spell differently. Kernels use nothing of CUDA beside it but thread and block indices, __syncthreads,
-// the _sync intrinsics and the mathematical functions.
+// The vocabulary of the kernels in this folder: what nvcc and tests/cpp/cuda/on_cpu.h (HMM_ON_CPU), which executes the
+// same sources without a GPU, spell differently. Kernels use nothing of CUDA beside it but thread and block indices,
+// __syncthreads, the _sync intrinsics and the mathematical functions.
 //
-// Rules that keep a kernel testable: shared memory is carved array by array, so that each has its own bounds; barriers and
-// _sync intrinsics are reached by all threads of their mask, without early returns; what passes through shared memory within a
-// warp needs __syncwarp; no float atomics, so that every run gives the same bits.
+// Rules that keep a kernel testable: shared memory is carved array by array, so that each has its own bounds; barriers
+// and _sync intrinsics are reached by all threads of their mask, without early returns; what passes through shared
+// memory within a warp needs __syncwarp; no float atomics, so that every run gives the same bits.
 #pragma once
 #include <math.h>
 #include <stddef.h>
@@ -40,7 +40,8 @@ template <class T> __device__ __forceinline__ T *carve(unsigned char *&at, int n
 template <int Bytes> __device__ __forceinline__ void copy_async(void *shared, const void *global) {
 #if __CUDA_ARCH__ >= 800
   const unsigned to = unsigned(__cvta_generic_to_shared(shared));
-  if constexpr (Bytes == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  if constexpr (Bytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
   else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(Bytes) : "memory");
 #else
   if constexpr (Bytes == 16) *static_cast<float4 *>(shared) = *static_cast<const float4 *>(global);
@@ -74,9 +75,11 @@ inline int fill_zeros(void *data, size_t bytes, void *stream) {
 
 // Starts a kernel on a stream; returns HMM_OK or HMM_CUDA_ERROR + the CUDA error code.
 template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, void *stream, const Arguments &...arguments) {
+int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, void *stream,
+           const Arguments &...arguments) {
   cudaError_t error = cudaSuccess;
-  if (shared > 48 * 1024) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  if (shared > 48 * 1024)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
   if (!error) {
     kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(arguments)...);
     error = cudaGetLastError();
@@ -95,7 +98,9 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 template <class Real> __host__ __device__ constexpr Real negative_infinity() { return -Real(HUGE_VALF); }
 
 // Bytes that carve<T>(n) takes.
-template <class T> __host__ __device__ constexpr size_t carved(int64_t n) { return size_t(n * int64_t(sizeof(T)) + 15) / 16 * 16; }
+template <class T> __host__ __device__ constexpr size_t carved(int64_t n) {
+  return size_t(n * int64_t(sizeof(T)) + 15) / 16 * 16;
+}
 
 template <class Real> __device__ __forceinline__ Real warp_sum(Real x) {
 #pragma unroll

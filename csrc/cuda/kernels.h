@@ -1,5 +1,5 @@
-// What the .cu files of this folder offer to interface.cu, for Real = float and double. All return a status of hmm_speech.h
-// and take pointers to device memory; `stream` is a cudaStream_t.
+// What the .cu files of this folder offer to interface.cu, for Real = float and double. All return a status of
+// hmm_speech.h and take pointers to device memory; `stream` is a cudaStream_t.
 #pragma once
 #include <stddef.h>
 
@@ -7,32 +7,51 @@
 
 namespace hmm {
 
-// Messages of hmm_cuda_forward in log space, for any transition. Where `lost_only`, for the sequences whose method is
-// HMM_REDONE; their method, and without `lost_only` every sequence's, becomes HMM_LOG_SPACE.
+// In log space, for transitions that vary over time (log_space.cu): method becomes HMM_LOG_SPACE. edge: (B, T-1, N, N)
+// or null.
 template <class Real>
-int log_space_forward(const hmm_problem &p, bool lost_only, Real *log_partition, Real *alpha, Real *norm, Real *centre,
-                      int32_t *method, void *stream);
-
-// Posteriors of the sequences whose method is HMM_LOG_SPACE. edge, null to skip: where p.time_varying is 1, (B, T-1, N, N),
-// written; else (groups, N, N), to which the sums over time of `group` consecutive sequences each are added, in order.
+int log_space_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Real *norm, Real *centre, int32_t *method,
+                      void *stream);
 template <class Real>
-int log_space_backward(const hmm_problem &p, int group, const Real *grad, const Real *log_partition, const Real *alpha,
-                       const Real *norm, const Real *centre, const int32_t *method, Real *state, Real *edge, void *stream);
+int log_space_backward(const hmm_problem &p, const Real *grad, const Real *log_partition, const Real *alpha,
+                       const Real *norm, const Real *centre, Real *state, Real *edge, void *stream);
 
-// Arcs and weights for a scaled sweep (prepare.cu): w (B, T, N) from the emissions and their centres (B, T), which are found
-// or given. The workspace begins with the arcs.
-template <class Real> int prepare(const hmm_problem &p, bool find_centres, Real *centre, Real *w, void *workspace, void *stream);
+// In log space with messages in float64, for transitions that do not (redo.cu): of the sequences whose method is
+// HMM_REDONE, or of all, whose method becomes that. redo_counts adds to the blocks that `counts` sets, from the
+// posteriors times grad.
+template <class Real>
+int redo_forward(const hmm_problem &p, bool all, Real *log_partition, Real *alpha, Real *norm, Real *centre,
+                 int32_t *method, void *stream);
+template <class Real>
+int redo_backward(const hmm_problem &p, const Real *grad, const Real *log_partition, const Real *alpha,
+                  const Real *norm, const Real *centre, const int32_t *method, Real *state, void *stream);
+template <class Real>
+int redo_counts(const hmm_problem &p, const Real *alpha, const Real *norm, const Real *centre, const int32_t *method,
+                const Real *state, Real *edge, void *stream);
 
-// Counts of a scaled sweep (counts.cu): count_blocks(p) blocks (N, N) whose sum is that of all sequences, or one block for each
-// sequence where transition_batch_stride is not 0. u: (B, T, N), as the sweeps leave it.
+// Arcs and weights for a scaled sweep (prepare.cu): w (B, T, N) from the emissions and their centres (B, T), which are
+// found or given. The workspace begins with the arcs.
+template <class Real>
+int prepare(const hmm_problem &p, bool find_centres, Real *centre, Real *w, void *workspace, void *stream);
+
+// What the walks of a forward pass end in (join.cu): log Z, method, and 1 / Z of the scaled messages in norm[b, 0, 0].
+struct Carried;
+template <class Real>
+int join(const hmm_problem &p, const Carried *carried, Real *log_partition, const Real *alpha, Real *norm,
+         const Real *centre, int32_t *method, void *workspace, void *stream);
+
+// Counts of a scaled sweep (counts.cu): count_blocks(p) blocks (N, N) whose sum is that of all sequences, or one block
+// for each sequence where transition_batch_stride is not 0. u: (B, T, N), as the sweeps leave it.
 int64_t count_blocks(const hmm_problem &p);
+int64_t frames_a_block(const hmm_problem &p);
 template <class Real>
-int counts(const hmm_problem &p, const Real *grad, const Real *alpha, const Real *u, const int32_t *method, Real *edge,
-           void *workspace, void *stream);
+int counts(const hmm_problem &p, const Real *grad, const Real *alpha, const Real *norm, const Real *u,
+           const int32_t *method, Real *edge, void *workspace, void *stream);
 
 // Scaled probabilities (scaled.cu), for transitions that do not vary over time and N of at most scaled_states<Real>().
-// Forward sets method to HMM_SCALED, or to HMM_REDONE where the result is not certified. Backward does the sequences of
-// HMM_SCALED and leaves scaled_messages, what `counts` takes as u, in the workspace of scaled_workspace(p, backward) bytes.
+// Forward sets method to HMM_SCALED, where p.sharing is HMM_BY_ENDS to HMM_BOTH_ENDS, or to HMM_REDONE where the result
+// is not certified. Backward does those that are not HMM_REDONE and leaves scaled_messages, what `counts` takes as u,
+// in the workspace of scaled_workspace(p, backward) bytes.
 template <class Real> int64_t scaled_states();
 template <class Real> size_t scaled_workspace(const hmm_problem &p, bool backward);
 template <class Real> Real *scaled_messages(const hmm_problem &p, void *workspace);
@@ -43,24 +62,30 @@ template <class Real>
 int scaled_backward(const hmm_problem &p, const Real *grad, const Real *alpha, const Real *norm, const Real *centre,
                     const int32_t *method, Real *state, void *workspace, void *stream);
 
-// The same a step at a time, between matrix products of the caller's (steps.cu), for one matrix of transitions. product and
-// message: (B, N); the workspace begins with the arcs, (N, N).
+// The same a step at a time, between matrix products of the caller's (steps.cu), for one matrix of transitions. product
+// and message: (B, N), where p.sharing is HMM_BY_ENDS (2, B, N); the workspace begins with the arcs, (N, N).
 template <class Real> size_t steps_workspace(const hmm_problem &p, bool backward);
 template <class Real> Real *steps_messages(const hmm_problem &p, void *workspace);
 template <class Real> int steps_begin(const hmm_problem &p, Real *alpha, Real *centre, void *workspace, void *stream);
 template <class Real>
-int steps_forward(const hmm_problem &p, int64_t t, const Real *product, Real *message, Real *alpha, Real *norm, void *workspace, void *stream);
+int steps_forward(const hmm_problem &p, int64_t s, const Real *product, Real *message, Real *alpha, Real *norm,
+                  void *workspace, void *stream);
 template <class Real>
-int steps_end(const hmm_problem &p, Real *log_partition, const Real *centre, int32_t *method, void *workspace, void *stream);
-template <class Real> int steps_back_begin(const hmm_problem &p, const Real *centre, void *workspace, void *stream);
+int steps_end(const hmm_problem &p, Real *log_partition, const Real *alpha, Real *norm, const Real *centre,
+              int32_t *method, void *workspace, void *stream);
 template <class Real>
-int steps_backward(const hmm_problem &p, int64_t t, const Real *grad, const Real *product, Real *message, const Real *alpha,
-                   const Real *norm, const int32_t *method, Real *state, void *workspace, void *stream);
+int steps_back_begin(const hmm_problem &p, const Real *alpha, const Real *centre, const int32_t *method, Real *message,
+                     void *workspace, void *stream);
+template <class Real>
+int steps_backward(const hmm_problem &p, int64_t s, const Real *grad, const Real *product, Real *message,
+                   const Real *alpha, const Real *norm, const int32_t *method, Real *state, void *workspace,
+                   void *stream);
 
-template <class Real> int viterbi(const hmm_problem &p, Real *score, int16_t *pointers, int64_t *states, void *stream);
+template <class Real>
+int viterbi(const hmm_problem &p, Real *score, Real *delta, int16_t *pointers, int64_t *states, void *stream);
 
 template <class Real>
-int sample(const hmm_problem &p, int64_t samples, const Real *log_partition, const Real *alpha, const int32_t *method,
-           const Real *uniform, int64_t *states, void *stream);
+int sample(const hmm_problem &p, int64_t samples, const Real *log_partition, const Real *alpha, const Real *norm,
+           const int32_t *method, const Real *uniform, int64_t *states, void *stream);
 
 }  // namespace hmm

@@ -3,7 +3,8 @@
 //
 //   c(j) = max_i phi(i, j),  A(i, j) = exp(phi(i, j) - c(j));     w_t(j) = exp(e_t(j) + c(j) - max over j of the same)
 //
-// c is left out of w_0, and the final scores come into w_{L-1}. Bound by memory: 4 N^2 bytes read and written for the arcs
+// c is left out of w_0, and the final scores come into w_{L-1}. Bound by memory: 4 N^2 bytes read and written for the
+// arcs
 // (float), 4 N read and written a frame, one exponential each. Limits: none on N or T.
 #include "scaled.h"
 
@@ -13,12 +14,14 @@ namespace {
 // A block does 32 columns of a matrix, 8 threads a column.
 constexpr int kSlices = 8;
 template <class Real>
-__global__ void __launch_bounds__(kWarp * kSlices) arcs_kernel(const Real *transition, int64_t stride, int N, void *workspace) {
+__global__ void __launch_bounds__(kWarp *kSlices)
+    arcs_kernel(const Real *transition, int64_t stride, int N, void *workspace) {
   HMM_SHARED_MEMORY(at);
   Real *found = carve<Real>(at, kSlices * kWarp);
   const Arcs<Real> out(workspace, blockIdx.y, N);
   const Real *phi = transition + blockIdx.y * stride, ninf = negative_infinity<Real>();
-  const int lane = threadIdx.x % kWarp, slice = threadIdx.x / kWarp, j = blockIdx.x * kWarp + lane, rows = j < N ? N : 0;
+  const int lane = threadIdx.x % kWarp, slice = threadIdx.x / kWarp, j = blockIdx.x * kWarp + lane,
+            rows = j < N ? N : 0;
   // f combined over the 8 threads of the column, in order.
   const auto combine = [&](Real x, auto f) {
     __syncthreads();
@@ -46,8 +49,7 @@ __global__ void __launch_bounds__(kWarp * kSlices) arcs_kernel(const Real *trans
   if (slice == 0 && j < N) out.top[j] = c, out.spread[j] = -lowest, out.forbidden[j] = forbidden;
 }
 
-// One block a matrix. The certificates are those of csrc/cpu/scaled_arcs.h; the least sum is N times theirs, since a sum may
-// grow to N 2^31 before it is corrected.
+// One block a matrix: which certificate its sequences need, and the least sum (scaled.h).
 template <class Real> __global__ void __launch_bounds__(256) certificate_kernel(int N, int64_t T, void *workspace) {
   using R = Range<Real>;
   HMM_SHARED_MEMORY(at);
@@ -62,7 +64,8 @@ template <class Real> __global__ void __launch_bounds__(256) certificate_kernel(
   top = block_max(top, part), spread = block_max(spread, part), forbidden = block_max(forbidden, part);
   if (threadIdx.x != 0) return;  // no barrier follows
   const double bits = double(spread) * 1.4426950408889634;
-  const double demanded = bits + 3 * log2(double(N)) + log2(double(T)) + R::kSmallestBits + kTopBits + 1 + R::kPrecision;
+  const double demanded =
+      bits + 3 * log2(double(N)) + log2(double(T)) + R::kSmallestBits + kTopBits + 1 + R::kPrecision;
   const bool mixing = !(forbidden > 0) && demanded <= kLowestTopBits - 4;  // beyond that, benign frames would fail it
   arcs.certificate->least = Real(exp2(mixing && demanded > R::kLeastSumBits ? demanded : double(R::kLeastSumBits)));
   arcs.certificate->top = top == negative_infinity<Real>() ? Real(0) : top;
@@ -80,7 +83,8 @@ template <class Real> __device__ __forceinline__ Real row_max(const Real *row, c
   return highest == negative_infinity<Real>() ? Real(0) : highest;
 }
 
-// w of all frames, a warp a frame; 0 past the end. The forward pass (Find) finds the centres, the backward pass reads them.
+// w of all frames, a warp a frame; 0 past the end. The forward pass (Find) finds the centres, the backward pass reads
+// them.
 template <bool Find, class Real>
 __global__ void __launch_bounds__(256) weights_kernel(hmm_problem p, void *workspace, Real *centre, Real *w) {
   const int N = p.states, lane = threadIdx.x % kWarp;
@@ -115,7 +119,8 @@ template <bool Find, class Real> int weigh(const hmm_problem &p, void *workspace
 
 }  // namespace
 
-template <class Real> int prepare(const hmm_problem &p, bool find_centres, Real *centre, Real *w, void *workspace, void *stream) {
+template <class Real>
+int prepare(const hmm_problem &p, bool find_centres, Real *centre, Real *w, void *workspace, void *stream) {
   const dim3 columns(unsigned((p.states + kWarp - 1) / kWarp), unsigned(matrices(p)));
   int status = launch(arcs_kernel<Real>, columns, kWarp * kSlices, carved<Real>(kWarp * kSlices), stream,
                       static_cast<const Real *>(p.transition), p.transition_batch_stride, int(p.states), workspace);

@@ -1,30 +1,32 @@
 // Forward-backward by scaled probabilities, for transitions that do not vary over time and fit a block's registers.
 //
-// The recursions, and when they are exact, are those of csrc/cpu/scaled_arcs.h:
-//
 //   A(i, j) = exp(phi(i, j) - c(j)),  c(j) = max_i phi(i, j);     w_t(j) = exp(e_t(j) + c(j) - max over j of the same)
 //   a_t = 2^k_t (a_{t-1} A) * w_t;    log Z = log sum_j a_{L-1}(j) + what was taken out
 //   y_{t-1} = A (w_t * b_t),  b_{t-1} = 2^k_t y_{t-1} / g_t;      gamma_t = a_t * b_t,  sum_i gamma_t(i) = 1
 //   counts(i, j) = A(i, j) sum_t a_{t-1}(i) 2^k_t w_t(j) b_t(j)
 //
 // k_t brings the sum of a_{t-1} back to 2^30 when it has left [2^18, 2^31). Since sum_i a_{t-1}(i) y_{t-1}(i) is
-// 2^-k_t sum_j a_t(j) b_t(j), the scale of b is known before its sum is; g_t is that sum as it came out, 1 but for rounding,
-// known a step later, and dividing by it (1 / g = 2 - g) keeps rounding from adding up over time. So both sweeps have one
-// barrier a step.
-// A sum may grow to N 2^31 before it is corrected, 2^38 for N = 128: an entry that is lost then has a posterior below
-// 2^(38 - 126 + 30 + 18) = 2^-40 where the CPU's has 2^-47; the least sum that is demanded counts it in.
+// 2^-k_t sum_j a_t(j) b_t(j), the scale of b is known before its sum is; g_t is that sum as it came out, 1 but for
+// rounding, known a step later, and dividing by it (1 / g = 2 - g) keeps rounding from adding up over time. So both
+// sweeps have one barrier a step. When the numbers are exact: scaled.h.
 //
-// What does not depend on the step before is done for all frames at once: prepare.cu exponentiates the transitions and the
-// emissions (w into alpha, where a_t replaces w_t), counts.cu adds up the counts. The sweeps hold A in registers: 4 lanes
-// share a column (forward) or a row (backward), 4 K numbers each; they read the message of the step before from shared
-// memory, 16 bytes at a time, add up over 4 lanes by two shuffles, and write theirs.
+// From both ends, as in csrc/cpu/scaled_arcs.h: with m = (L + 1) / 2, one block walks frames 0 to m-1, another one
+// L-1 to m, against the arcs, b_t = 2^k_t (A b_{t+1}) * w_t from 2^30 w_{L-1}; join.cu makes Z of the two. Backward,
+// each half goes on from the other one's message, to its own end. No step is done twice, and half as many follow each
+// other.
 //
-//   launches        4 forward, 5 backward, whatever T is
-//   a frame         2 N^2 flops forward, 4 N^2 backward with counts; N exponentials each; 16 N bytes forward, 28 N backward
-//                   (float)
-//   a step          the dependent chain: K reads of shared memory, 4 K / 2 fused products, 2 + 3 shuffles, one barrier
-//   limits          N of at most 128 (float), 96 (double): beyond, A does not fit the registers of a block beside the rest (160
-//                  spills from sm_90 on); see steps.cu and log_space.cu. T none. One block a sequence, of 32 threads for 8 states.
+// What does not depend on the step before is done for all frames at once: prepare.cu exponentiates the transitions and
+// the emissions (w into alpha, where a_t replaces w_t), counts.cu adds up the counts. The sweeps hold A in registers: 4
+// lanes share a column (forward) or a row (backward; from the end, the other of the two), 4 K numbers each; they read
+// the message of the step before from shared memory, 16 bytes at a time, add up over 4 lanes by two shuffles, and write
+// theirs.
+//
+//   launches   6 forward, 7 backward with counts, whatever T is; 2 and 3 of them for sequences that are done again
+//   a frame    2 N^2 flops forward, 4 N^2 backward with counts; N exponentials each; 16 N bytes forward, 28 N backward
+//              (float)
+//   a step     the dependent chain: K reads of shared memory, 4 K / 2 fused products, 2 + 3 shuffles, one barrier
+//   limits     N of at most 128 (float), 96 (double): beyond, A does not fit the registers of a block beside the rest
+//              (160 spills from sm_90 on); see steps.cu and redo.cu. T none. 32 threads for 8 states.
 //
 // Compiled for sm_75 to sm_120 and executed on the CPU by the tests; not timed on a GPU.
 #include "scaled.h"
@@ -36,7 +38,8 @@ constexpr int kShare = 4;  // lanes that share a column or row
 constexpr int kOwners = kWarp / kShare;
 
 // This lane's share of a column or row of `count` arcs, `stride` apart; 0 beyond.
-template <int K, class Real> __device__ __forceinline__ void hold(const Real *arcs, int stride, int count, int share, Real (&numbers)[4 * K]) {
+template <int K, class Real>
+__device__ __forceinline__ void hold(const Real *arcs, int stride, int count, int share, Real (&numbers)[4 * K]) {
 #pragma unroll
   for (int k = 0; k < K; k++)
 #pragma unroll
@@ -47,7 +50,8 @@ template <int K, class Real> __device__ __forceinline__ void hold(const Real *ar
 }
 
 // sum over this lane's share of a row in shared memory times its numbers, then over the 4 lanes.
-template <int K, class Real> __device__ __forceinline__ Real product(const Real (&numbers)[4 * K], const Real *row, int share) {
+template <int K, class Real>
+__device__ __forceinline__ Real product(const Real (&numbers)[4 * K], const Real *row, int share) {
   const Four<Real> *four = reinterpret_cast<const Four<Real> *>(row);
   Real even = 0, odd = 0;
 #pragma unroll
@@ -84,7 +88,8 @@ template <int K, class Real> __device__ __forceinline__ Real sum_of_warps(const 
 }
 
 // Does an allowed arc lead from a state with a message to this lane's column? For all lanes of the column.
-template <int K, class Real> __device__ __forceinline__ bool reachable(const Real (&arcs)[4 * K], const Real *previous, int share) {
+template <int K, class Real>
+__device__ __forceinline__ bool reachable(const Real (&arcs)[4 * K], const Real *previous, int share) {
   bool found = false;
 #pragma unroll
   for (int k = 0; k < K; k++)
@@ -94,12 +99,21 @@ template <int K, class Real> __device__ __forceinline__ bool reachable(const Rea
   return votes >> (lane / kShare * kShare) & ((1u << kShare) - 1);
 }
 
+// Is this lane's column one that is suspect, and reachable? For whole warps.
+template <int K, class Real>
+__device__ __forceinline__ bool flushed(const Real (&arcs)[4 * K], const Real *previous, int share, bool suspect) {
+  return __any_sync(kAllLanes, suspect) && reachable<K>(arcs, previous, share) && suspect;
+}
+
 // What a sweep keeps in shared memory: the messages of two steps, and their sums by warps.
 template <int K, class Real> struct Rows {
   static constexpr int kPadded = 4 * kShare * K, kParts = (2 * K + 3) / 4 * 4;
   Real *even, *odd, *even_part, *odd_part;
   __device__ explicit Rows(unsigned char *&at)
-      : even(carve<Real>(at, kPadded)), odd(carve<Real>(at, kPadded)), even_part(carve<Real>(at, kParts)), odd_part(carve<Real>(at, kParts)) {}
+      : even(carve<Real>(at, kPadded)),
+        odd(carve<Real>(at, kPadded)),
+        even_part(carve<Real>(at, kParts)),
+        odd_part(carve<Real>(at, kParts)) {}
   static constexpr size_t bytes() { return 2 * carved<Real>(kPadded) + 2 * carved<Real>(kParts); }
   // What pads is 0 throughout. To be followed by a barrier.
   __device__ void clear() const {
@@ -112,158 +126,166 @@ template <int K, class Real> struct Rows {
 
 constexpr int threads_of(int64_t N) { return int((N + kOwners - 1) / kOwners) * kWarp; }
 
-// One block a sequence. alpha holds w and gets a; norm[b, t, 0] gets 2^k_t.
+// What a thread owns, with the other lanes of its share: number `own` of a message, which one of them writes.
+struct Place {
+  int lane, warp, share, own;
+  bool owner, writer;
+};
+__device__ __forceinline__ Place place(int N) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, own = warp * kOwners + lane / kShare;
+  return {lane, warp, lane % kShare, own, own < N, own < N && lane % kShare == 0};
+}
+
+// What a_0 is of state j before its weight: exp of the initial score; from the end, 1. Two barriers.
+template <class Real>
+__device__ __forceinline__ Real first_number(const hmm_problem &p, int64_t b, int j, bool from_end, Real *part) {
+  const Real ninf = negative_infinity<Real>(),
+             *scores = static_cast<const Real *>(p.initial) + b * p.initial_batch_stride;
+  const Real initial = j < p.states && !from_end ? scores[j] : ninf, top = block_max(initial, part);
+  if (j >= p.states) return 0;
+  return from_end ? Real(1) : weight(initial, Real(0), top == ninf ? Real(0) : top);
+}
+
+// What a walk ends with, beside its total; `flags`: one a warp. A barrier.
+__device__ __forceinline__ void end_walk(bool lost, int64_t exponents, int32_t *flags, Carried &carried) {
+  const bool any = __any_sync(kAllLanes, lost);
+  if (threadIdx.x % kWarp == 0) flags[threadIdx.x / kWarp] = any;
+  __syncthreads();
+  if (threadIdx.x != 0) return;  // no barrier follows
+  int32_t redo = 0;
+  for (int q = 0; q < int(blockDim.x / kWarp); q++) redo |= flags[q];
+  carried.exponents = exponents, carried.lost = redo;
+}
+
+// One block a walk: the grid's second axis has the halves. alpha holds w and gets a (from the end, b); norm[b, t, 0]
+// gets 2^k_t.
 template <int K, class Real>
 __global__ void __launch_bounds__(64 * K, 1)
-    forward_kernel(hmm_problem p, void *workspace, Real *log_partition, Real *alpha, Real *norm, const Real *centre, int32_t *method) {
+    forward_kernel(hmm_problem p, void *workspace, Real *alpha, Real *norm, Carried *carried) {
   HMM_SHARED_MEMORY(at);
   const Rows<K, Real> rows(at);
   Real *reduced = carve<Real>(at, 2 * K);
-  double *taken = carve<double>(at, 2 * K);
   int32_t *flags = carve<int32_t>(at, 2 * K);
-  const int N = p.states, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const int share = lane % kShare, j = warp * kOwners + lane / kShare;
-  const bool owner = j < N, writer = owner && share == 0;
-  const int64_t b = blockIdx.x, L = p.lengths[b];
+  const int N = p.states;
+  const auto [lane, warp, share, j, owner, writer] = place(N);
+  const bool from_end = blockIdx.y == 1;
+  const int64_t b = blockIdx.x;
+  const Walk walk = walk_from_ends(p.lengths[b], gridDim.y == 2, from_end);
+  if (walk.frames == 0) return;  // the whole block
   const Arcs<Real> packed = arcs_of<Real>(p, workspace, b);
-  const Real ninf = negative_infinity<Real>();
+  carried += 2 * b + from_end;
 
-  Real arcs[4 * K];  // of column j
-  hold<K>(packed.arcs + j, N, owner ? N : 0, share, arcs);
+  Real arcs[4 * K];  // of column j, or row
+  hold<K>(packed.arcs + (from_end ? j * N : j), from_end ? 1 : N, owner ? N : 0, share, arcs);
   rows.clear();
-  const Real *initial = static_cast<const Real *>(p.initial) + b * p.initial_batch_stride;
-  Real initial_top = block_max(owner ? initial[j] : ninf, reduced);
-  if (initial_top == ninf) initial_top = 0;
-  const Real *final = p.final ? static_cast<const Real *>(p.final) + b * p.final_batch_stride : nullptr;
-  Real final_top = block_max(owner && final ? final[j] : ninf, reduced);
-  if (final_top == ninf) final_top = 0;
   const bool mixing = packed.certificate->mixing;
-  const Real least = packed.certificate->least, arcs_top = packed.certificate->top;
-  const Real smallest = ldexp(Real(1), Range<Real>::kEntryBits);
+  const Real least = packed.certificate->least, smallest = ldexp(Real(1), Range<Real>::kEntryBits);
   bool lost = !packed.certificate->usable;
 
-  Real *row = alpha + b * p.time * N + (owner ? j : 0);  // of step t
-  Real *scales = norm + b * p.time * N;
-  const int64_t ahead = 4 * int64_t(N);
-  const auto weight_of = [&](int64_t t) { return owner && t < L ? row[t * N] : Real(0); };
+  const int64_t stride = walk.step * N, n = walk.frames, ahead = 4 * stride;
+  Real *row = alpha + (b * p.time + walk.first) * N + (owner ? j : 0);  // of step s
+  Real *scales = norm + (b * p.time + walk.first) * N;
+  const auto weight_of = [&](int64_t s) { return owner && s < n ? row[s * stride] : Real(0); };
   Real a = 0;  // a_t of column j, alike in its lanes
   int64_t exponents = 0;
-  // Hands on a_t and goes on to a_{t+1}; w holds w_{t+1}, then w_{t+4}. Returns false after the last frame.
-  const auto step = [&](int64_t t, Real &w) {
-    if (writer) {
-      rows.message(t)[j] = a;
-      *row = a;
-    }
+  // Hands on a_t and goes on to the next frame; w holds its weight, then that of 3 frames later. False after the last.
+  const auto step = [&](int64_t s, Real &w) {
+    if (writer) rows.message(s)[j] = *row = a;
     const Real sum = sum_of_owners(a);
-    if (lane == 0) rows.part(t)[warp] = sum;
+    if (lane == 0) rows.part(s)[warp] = sum;
 #if HMM_MUTATION != 11
     __syncthreads();
 #endif
-    const Real total = sum_of_warps<K>(rows.part(t));
+    const Real total = sum_of_warps<K>(rows.part(s));
     lost |= !(total >= least);
-    if (t == L - 1) {
-      if (threadIdx.x == 0) log_partition[b] = total;  // for the end below
+    if (s == n - 1) {
+      if (threadIdx.x == 0) carried->total = double(total);
       return false;
     }
     const int up = correction(total);
     const Real scale = up ? ldexp(Real(1), up) : Real(1);
     exponents += up;
-    a = product<K>(arcs, rows.message(t), share) * w * scale;
-    scales += N;
-    if (threadIdx.x == 0) *scales = scale;
-    if (!mixing) {
-      const bool suspect = a < smallest * scale && w > 0;
-      if (__any_sync(kAllLanes, suspect)) lost |= reachable<K>(arcs, rows.message(t), share) && suspect;
-    }
-    w = owner && t + 4 < L ? row[ahead] : Real(0);
-    row += N;
+    a = product<K>(arcs, rows.message(s), share) * w * scale;
+    if (threadIdx.x == 0) scales[(s + 1) * stride] = scale;
+    if (!mixing) lost |= flushed<K>(arcs, rows.message(s), share, a < smallest * scale && w > 0);
+    w = owner && s + 4 < n ? row[ahead] : Real(0);
+    row += stride;
     return true;
   };
-  if (L > 0) {
-    Real w_0 = weight_of(0), w_1 = weight_of(1), w_2 = weight_of(2);
-    const Real start = owner ? weight(initial[j], Real(0), initial_top) : Real(0);
-    a = start * ldexp(Real(1), kTopBits) * w_0;
-    lost |= !mixing && a < smallest && start > 0 && w_0 > 0;
-    w_0 = weight_of(3);
-    __syncwarp();  // the writer of a column puts a_0 where its lanes have read w_0
-    for (int64_t t = 0; step(t, w_1) && step(t + 1, w_2) && step(t + 2, w_0); t += 3) {
-    }
-  }
-  // What was taken out of log Z.
-  double part = 0;
-  for (int64_t t = threadIdx.x; t < L; t += blockDim.x) part += double(centre[b * p.time + t]) + (t ? double(arcs_top) : 0);
-  part = warp_sum(part);
-  const bool any = __any_sync(kAllLanes, lost);
-  if (lane == 0) taken[warp] = part, flags[warp] = any;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    double all = L > 0 ? double(initial_top) + (final ? double(final_top) : 0) - double(kTopBits + exponents) * kLn2 : 0;
-    int32_t redo = 0;
-    for (int q = 0; q < warps; q++) all += taken[q], redo |= flags[q];
-    method[b] = L > 0 && redo ? HMM_REDONE : HMM_SCALED;
-    log_partition[b] = L > 0 ? Real(all + log(double(log_partition[b]))) : Real(0);
-  }
+  Real w_0 = weight_of(0), w_1 = weight_of(1), w_2 = weight_of(2);
+  const Real start = first_number(p, b, j, from_end, reduced);
+  a = start * ldexp(Real(1), kTopBits) * w_0;
+  lost |= !mixing && a < smallest && start > 0 && w_0 > 0;
+  w_0 = weight_of(3);
+  __syncwarp();  // the writer of a column puts a_0 where its lanes have read w_0
+  for (int64_t s = 0; step(s, w_1) && step(s + 1, w_2) && step(s + 2, w_0); s += 3) continue;
+  end_walk(lost, exponents, flags, *carried);
 }
 
-// One block a sequence. w holds w_t and gets 2^k_t w_t b_t, what the counts need.
+// One block a walk. w holds w_t and gets 2^k_t w_t b_t (the second half: 2^k_t w_t a_t), what the counts need.
 template <int K, class Real>
 __global__ void __launch_bounds__(64 * K, 1)
-    backward_kernel(hmm_problem p, void *workspace, const Real *grad, const Real *alpha, const Real *norm, const int32_t *method, Real *w, Real *state) {
+    backward_kernel(hmm_problem p, void *workspace, const Real *grad, const Real *alpha, const Real *norm,
+                    const int32_t *method, Real *w, Real *state) {
   HMM_SHARED_MEMORY(at);
   const Rows<K, Real> rows(at);
-  const int N = p.states, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int share = lane % kShare, i = warp * kOwners + lane / kShare;
-  const bool owner = i < N, writer = owner && share == 0;
+  const int N = p.states;
+  const auto [lane, warp, share, i, owner, writer] = place(N);
+  const bool to_end = blockIdx.y == 1;
   const int64_t b = blockIdx.x, L = p.lengths[b], T = p.time;
-  if (method[b] != HMM_SCALED) return;  // the whole block
+  if (method[b] != HMM_SCALED && method[b] != HMM_BOTH_ENDS) return;  // the whole block
+  const Walk walk = walk_to_ends(L, method[b] == HMM_BOTH_ENDS, to_end);
+  if (writer && !to_end)
+    for (int64_t t = L; t < T; t++) state[(b * T + t) * N + i] = 0;
+  if (walk.frames == 0) return;  // the whole block
   const Arcs<Real> packed = arcs_of<Real>(p, workspace, b);
 
-  Real arcs[4 * K];  // of row i
-  hold<K>(packed.arcs + i * N, 1, owner ? N : 0, share, arcs);
+  Real arcs[4 * K];  // of row i, or column
+  hold<K>(packed.arcs + (to_end ? i : i * N), to_end ? N : 1, owner ? N : 0, share, arcs);
   rows.clear();
-  const int64_t first = b * T * N + (owner ? i : 0);
-  if (writer)
-    for (int64_t t = L; t < T; t++) state[first + t * N] = 0;
-  const auto number_of = [&](const Real *x, int64_t t) { return owner && t >= 0 ? x[first + t * N] : Real(0); };
-  const auto scale_of = [&](int64_t t) { return t > 0 && t < L ? norm[(b * T + t) * N] : Real(1); };
+  const int64_t n = walk.frames, stride = walk.step * N, ahead = 3 * stride;
+  int64_t own = (b * T + walk.first) * N + (owner ? i : 0), own_scale = (b * T + walk.first) * N;
+  const auto number_of = [&](const Real *x, int64_t s) { return owner && s < n ? x[own + s * stride] : Real(0); };
+  const auto scale_of = [&](int64_t s) { return s < n - 1 ? norm[own_scale + s * stride] : Real(1); };
   const Real upstream = grad[b];
-  Real a_0 = number_of(alpha, L - 1), a_1 = number_of(alpha, L - 2), a_2 = number_of(alpha, L - 3);
-  Real v_0 = number_of(w, L - 1), v_1 = number_of(w, L - 2), v_2 = number_of(w, L - 3);
-  Real scale_0 = scale_of(L - 1), scale_1 = scale_of(L - 2), scale_2 = scale_of(L - 3);
+  Real a_0 = number_of(alpha, 0), a_1 = number_of(alpha, 1), a_2 = number_of(alpha, 2);
+  Real v_0 = number_of(w, 0), v_1 = number_of(w, 1), v_2 = number_of(w, 2);
+  Real scale_0 = scale_of(0), scale_1 = scale_of(1), scale_2 = scale_of(2);
+  Real later = norm[b * T * N];  // 1 / Z; then 2^k of the frame before
   __syncthreads();
-  const Real last = sum_of_owners(a_0);
-  if (lane == 0) rows.part(L)[warp] = last;
+  if (writer && walk.meets) rows.message(-1)[i] = alpha[own - stride];
+#if HMM_MUTATION != 15
   __syncthreads();
-  Real later = Real(1) / sum_of_warps<K>(rows.part(L));  // 2^k_{t+1}; of the last message, its sum's inverse
+#endif
 
-  int64_t own = first + (L - 1) * N, own_scale = (b * T + L - 1) * N;
-  const int64_t ahead = 3 * int64_t(N);
-  // gamma_t and what the step before needs; a, v and scale hold those of t, then those of t - 3. Returns false after frame 0.
-  const auto step = [&](int64_t t, Real &a, Real &v, Real &scale) {
-    const Real g = t == L - 1 ? Real(1) : sum_of_warps<K>(rows.part(t + 1));
-    Real y = product<K>(arcs, rows.message(t + 1), share);
-    if (t == L - 1) y = 1;
+  // gamma_t and what the next frame needs; a, v and scale hold those of t, then of 3 frames later. Returns false after
+  // the last.
+  const auto step = [&](int64_t s, Real &a, Real &v, Real &scale) {
+    const Real g = s == 0 ? Real(1) : sum_of_warps<K>(rows.part(s - 1));
+    Real y = product<K>(arcs, rows.message(s - 1), share);
+    if (s == 0 && !walk.meets) y = 1;
     // 1 / g to first order: g is 1 but for a step's rounding.
     const Real beta = a > 0 ? y * (later * (Real(2) - g)) : Real(0), gamma = a * beta, u = v * beta;
     if (writer) {
       state[own] = upstream * gamma;
       w[own] = scale * u;
-      rows.message(t)[i] = u;
+      rows.message(s)[i] = u;
     }
     const Real sum = sum_of_owners(gamma);
-    if (lane == 0) rows.part(t)[warp] = sum;
+    if (lane == 0) rows.part(s)[warp] = sum;
     later = scale;
-    const bool more = t >= 3;
-    a = owner && more ? alpha[own - ahead] : Real(0), v = owner && more ? w[own - ahead] : Real(0);
-    scale = t > 3 ? norm[own_scale - ahead] : Real(1);
-    own -= N, own_scale -= N;
+    const bool more = owner && s + 3 < n;
+    a = more ? alpha[own + ahead] : Real(0), v = more ? w[own + ahead] : Real(0);
+    scale = s + 4 < n ? norm[own_scale + ahead] : Real(1);
+    own += stride, own_scale += stride;
 #if HMM_MUTATION != 12
     __syncthreads();
 #endif
-    return t > 0;
+    return s + 1 < n;
   };
-  int64_t t = L - 1;
-  while (t >= 0 && step(t, a_0, v_0, scale_0) && step(t - 1, a_1, v_1, scale_1) && step(t - 2, a_2, v_2, scale_2)) t -= 3;
+  for (int64_t s = 0; step(s, a_0, v_0, scale_0) && step(s + 1, a_1, v_1, scale_1) && step(s + 2, a_2, v_2, scale_2);
+       s += 3)
+    continue;
 }
 
 // Calls body(Width<K>) for the smallest K of the list with 16 K >= N.
@@ -285,25 +307,32 @@ template <class Real, class Body> int with_width(int64_t N, Body body) {
 template <> int64_t scaled_states<float>() { return 128; }
 template <> int64_t scaled_states<double>() { return 96; }
 
+// The arcs, then what the walks carry or the backward pass's w.
+template <class Real> static Real *behind_arcs(const hmm_problem &p, void *workspace) {
+  return reinterpret_cast<Real *>(static_cast<char *>(workspace) + matrices(p) * Arcs<Real>::bytes(p.states));
+}
 template <class Real> size_t scaled_workspace(const hmm_problem &p, bool backward) {
-  return size_t(matrices(p) * Arcs<Real>::bytes(p.states)) + (backward ? sizeof(Real) * size_t(p.batch * p.time * p.states) : 0);
+  const size_t arcs = size_t(matrices(p) * Arcs<Real>::bytes(p.states));
+  return arcs + (backward ? sizeof(Real) * size_t(p.batch * p.time * p.states) : 2 * sizeof(Carried) * size_t(p.batch));
+}
+template <class Real> Real *scaled_messages(const hmm_problem &p, void *workspace) {
+  return behind_arcs<Real>(p, workspace);
 }
 
 template <class Real>
 int scaled_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Real *norm, Real *centre, int32_t *method,
                    void *workspace, void *stream) {
-  const int status = prepare(p, true, centre, alpha, workspace, stream);
+  Carried *carried = reinterpret_cast<Carried *>(behind_arcs<Real>(p, workspace));
+  int status = prepare(p, true, centre, alpha, workspace, stream);
   if (status) return status;
-  return with_width<Real>(p.states, [&](auto width) {
+  status = with_width<Real>(p.states, [&](auto width) {
     constexpr int K = decltype(width)::value;
-    const size_t shared = Rows<K, Real>::bytes() + carved<Real>(2 * K) + carved<double>(2 * K) + carved<int32_t>(2 * K);
-    return launch(forward_kernel<K, Real>, dim3(unsigned(p.batch)), threads_of(p.states), shared, stream, p, workspace,
-                  log_partition, alpha, norm, static_cast<const Real *>(centre), method);
+    const size_t shared = Rows<K, Real>::bytes() + carved<Real>(2 * K) + carved<int32_t>(2 * K);
+    const dim3 walks(unsigned(p.batch), p.sharing == HMM_BY_ENDS ? 2 : 1);
+    return launch(forward_kernel<K, Real>, walks, threads_of(p.states), shared, stream, p, workspace, alpha, norm,
+                  carried);
   });
-}
-
-template <class Real> Real *scaled_messages(const hmm_problem &p, void *workspace) {
-  return reinterpret_cast<Real *>(static_cast<char *>(workspace) + matrices(p) * Arcs<Real>::bytes(p.states));
+  return status ? status : join(p, carried, log_partition, alpha, norm, centre, method, workspace, stream);
 }
 
 template <class Real>
@@ -314,16 +343,16 @@ int scaled_backward(const hmm_problem &p, const Real *grad, const Real *alpha, c
   if (status) return status;
   return with_width<Real>(p.states, [&](auto width) {
     constexpr int K = decltype(width)::value;
-    return launch(backward_kernel<K, Real>, dim3(unsigned(p.batch)), threads_of(p.states), Rows<K, Real>::bytes(), stream, p,
-                  workspace, grad, alpha, norm, method, w, state);
+    return launch(backward_kernel<K, Real>, dim3(unsigned(p.batch), 2), threads_of(p.states), Rows<K, Real>::bytes(),
+                  stream, p, workspace, grad, alpha, norm, method, w, state);
   });
 }
 
-#define HMM_INSTANTIATE(Real)                                                                                            \
-  template size_t scaled_workspace<Real>(const hmm_problem &, bool);                                                     \
-  template int scaled_forward<Real>(const hmm_problem &, Real *, Real *, Real *, Real *, int32_t *, void *, void *);     \
-  template Real *scaled_messages<Real>(const hmm_problem &, void *);                                                     \
-  template int scaled_backward<Real>(const hmm_problem &, const Real *, const Real *, const Real *, const Real *,        \
+#define HMM_INSTANTIATE(Real)                                                                                        \
+  template size_t scaled_workspace<Real>(const hmm_problem &, bool);                                                 \
+  template int scaled_forward<Real>(const hmm_problem &, Real *, Real *, Real *, Real *, int32_t *, void *, void *); \
+  template Real *scaled_messages<Real>(const hmm_problem &, void *);                                                 \
+  template int scaled_backward<Real>(const hmm_problem &, const Real *, const Real *, const Real *, const Real *,    \
                                      const int32_t *, Real *, void *, void *);
 HMM_INSTANTIATE(float)
 HMM_INSTANTIATE(double)

@@ -1,5 +1,13 @@
-// What the kernels of scaled probabilities share: the arcs made ready, the ranges of the certificates, and how frames are
-// weighed. The recursions are in scaled.cu, and when they are exact in csrc/cpu/scaled_arcs.h.
+// What the kernels of scaled probabilities share: the arcs made ready, the ranges of the certificates, and how frames
+// are weighed. The recursions are in scaled.cu.
+//
+// When are they exact? By the certificates of csrc/cpu/scaled_arcs.h, (mixing) or (entrywise), and (joined) where
+// halves meet. Those hold messages whose sums are below 2^31; here a sum may grow to N 2^31 before it is corrected, a
+// step late. So what they demand of sums grows by N:
+//   (mixing)     s_t >= T N^3 2^(R - 95 + 24), in prepare.cu;
+//   (entrywise)  an entry that is lost backward has a posterior below N 2^-47, 2^-40 for N = 128;
+//   (joined)     Z' >= N^3 2^-65, in join.cu.
+// Double precision: the same with the bits of Range<double>. What fails is done again by redo.cu.
 #pragma once
 #include "device.h"
 #include "kernels.h"
@@ -31,8 +39,8 @@ template <class Real> struct Certificate {
   int32_t usable;  // no allowed arc was flushed
 };
 
-// The arcs of one matrix, ready for use; and of their columns c(j), how far the lowest allowed arc lies below it, in nats,
-// and whether one is forbidden.
+// The arcs of one matrix, ready for use; and of their columns c(j), how far the lowest allowed arc lies below it, in
+// nats, and whether one is forbidden.
 template <class Real> struct Arcs {
   Real *arcs, *top, *spread, *forbidden;  // (N, N), (N,), (N,), (N,) 0 or 1
   Certificate<Real> *certificate;
@@ -40,14 +48,43 @@ template <class Real> struct Arcs {
     return (int64_t(sizeof(Real)) * (N * N + 3 * N) + 15) / 16 * 16 + int64_t(sizeof(Certificate<Real>) + 15) / 16 * 16;
   }
   __device__ Arcs(void *workspace, int64_t matrix, int64_t N)
-      : arcs(reinterpret_cast<Real *>(static_cast<char *>(workspace) + matrix * bytes(N))), top(arcs + N * N), spread(top + N),
+      : arcs(reinterpret_cast<Real *>(static_cast<char *>(workspace) + matrix * bytes(N))),
+        top(arcs + N * N),
+        spread(top + N),
         forbidden(spread + N),
-        certificate(reinterpret_cast<Certificate<Real> *>(reinterpret_cast<char *>(arcs) + (int64_t(sizeof(Real)) * (N * N + 3 * N) + 15) / 16 * 16)) {}
+        certificate(reinterpret_cast<Certificate<Real> *>(reinterpret_cast<char *>(arcs) +
+                                                          (int64_t(sizeof(Real)) * (N * N + 3 * N) + 15) / 16 * 16)) {}
 };
 inline int64_t matrices(const hmm_problem &p) { return p.transition_batch_stride ? p.batch : 1; }
-template <class Real> __device__ __forceinline__ Arcs<Real> arcs_of(const hmm_problem &p, void *workspace, int64_t sequence) {
+template <class Real>
+__device__ __forceinline__ Arcs<Real> arcs_of(const hmm_problem &p, void *workspace, int64_t sequence) {
   return Arcs<Real>(workspace, p.transition_batch_stride ? sequence : 0, p.states);
 }
+
+// The frames that a walk goes through: `first`, first + step, ... From both ends, those before meeting(L) belong to the
+// first half, which goes on from frame 0, the others to the second one, which comes back from frame L-1; the backward
+// pass's walks go from there to the ends.
+struct Walk {
+  int64_t first, frames;
+  int step;
+  bool meets;  // goes on from the other half's last message
+};
+__host__ __device__ inline int64_t meeting(int64_t length, bool both) { return both ? (length + 1) / 2 : length; }
+__device__ __forceinline__ Walk walk_from_ends(int64_t length, bool both, bool second) {
+  const int64_t middle = meeting(length, both);
+  return second ? Walk{length - 1, length - middle, -1, false} : Walk{0, middle, 1, false};
+}
+__device__ __forceinline__ Walk walk_to_ends(int64_t length, bool both, bool second) {
+  const int64_t middle = meeting(length, both);
+  return second ? Walk{middle, length - middle, 1, true} : Walk{middle - 1, middle, -1, middle < length};
+}
+
+// What a forward walk ends with; in steps.cu also what it carries from step to step. Two a sequence.
+struct Carried {
+  double total;       // of the last message
+  int64_t exponents;  // sum of k
+  int32_t lost, unused;
+};
 
 // The maximum over the block, for all threads; `part` holds a number a warp. Two barriers.
 template <class Real> __device__ __forceinline__ Real block_max(Real x, Real *part) {
@@ -61,13 +98,23 @@ template <class Real> __device__ __forceinline__ Real block_max(Real x, Real *pa
   return x;
 }
 
+// The largest of n scores over the block, 0 where all are forbidden or there are none (null). Two barriers.
+template <class Real> __device__ __forceinline__ Real top_of(const Real *scores, int n, Real *part) {
+  Real top = negative_infinity<Real>();
+  for (int j = threadIdx.x; scores && j < n; j += blockDim.x) top = fmax(top, scores[j]);
+  top = block_max(top, part);
+  return top == negative_infinity<Real>() ? Real(0) : top;
+}
+
 // c(j) - max c; 0 for a column without arcs.
 template <class Real> __device__ __forceinline__ Real shift_of(Real c, Real top) {
   return c == negative_infinity<Real>() ? Real(0) : c - top;
 }
 
 // What is not 0 stays at least 2^-126 (float); NaN stays NaN.
-template <class Real> __device__ __forceinline__ Real at_least_tiny(Real x) { return x < Range<Real>::kTiny ? Range<Real>::kTiny : x; }
+template <class Real> __device__ __forceinline__ Real at_least_tiny(Real x) {
+  return x < Range<Real>::kTiny ? Range<Real>::kTiny : x;
+}
 
 // exp(e + shift - top), 0 for a forbidden state and at least 2^-126 for others. Large scores may cancel: the sum is
 // compensated (Knuth's two-sum).

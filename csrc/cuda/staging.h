@@ -1,31 +1,34 @@
 // The N x N scores of the arcs of a step on their way through shared memory, and reductions over a block.
 //
-// Scores lie row after row, (N, N), and are gone through in tiles of columns (one, where a block has a thread a column), a
-// tile in chunks of rows, about 8 KB each. A ring of four chunks is in flight: while one is computed, the next three are
-// being copied, across the steps, since no score depends on a message. A chunk comes in pieces of 16 bytes wherever these
-// lie whole in it, whatever N and the alignment: it is put into its slot as far from a multiple of 16 as it is in global
-// memory, and only its ends are copied number by number. One barrier a chunk: behind it a chunk has arrived for all threads,
-// and the slot of the chunk before it, which all have read, is filled again.
+// Scores lie row after row, (N, N), and are gone through in tiles of columns (one, where a block has a thread a
+// column), a tile in chunks of rows, 10 KB at most each. A ring of four chunks is in flight: while one is computed, the
+// next three are being copied, across the steps, since no score depends on a message. A chunk comes in pieces of 16
+// bytes wherever these lie whole in it, whatever N and the alignment: it is put into its slot as far from a multiple of
+// 16 as it is in global memory, and only its ends are copied number by number. One barrier a chunk: behind it a chunk
+// has arrived for all threads, and the slot of the chunk before it, which all have read, is filled again.
 #pragma once
 #include "device.h"
 
 namespace hmm {
 
-constexpr int kStages = 4;
-constexpr int kMostThreads = 512, kTile = 256;  // threads of a block that has whole rows; columns and threads of one that has tiles
-template <class Real> constexpr int kBlocks = sizeof(Real) == 4 ? 2 : 1;  // of as many threads: what registers must leave room for
+constexpr int kStages = 4, kChunk = 10240;  // bytes at most: all of a step of 50 states in float32
+constexpr int kMostThreads = 512,
+              kTile = 256;  // threads of a block that has whole rows; columns and threads of one that has tiles
+template <class Real>
+constexpr int kBlocks = sizeof(Real) == 4 ? 2 : 1;  // of as many threads: what registers must leave room for
 
 // Sizes in numbers, not bytes.
 struct Tiling {
   int states, threads;
   int groups;               // threads that share a column: those of a tile are groups x width
   int width, tiles;         // columns
-  int rows, chunks, pitch;  // rows of a chunk; chunks of a tile; from one row of a slot to the next, 0 where rows are whole
+  int rows, chunks,
+      pitch;  // rows of a chunk; chunks of a tile; from one row of a slot to the next, 0 where rows are whole
   int slot;
 };
 
-// Whole rows where N is at most most_width, and as many threads as repay themselves; else tiles of `width` columns and all
-// of most_threads. `fixed`: bytes of shared memory that the kernel needs beside the ring.
+// Whole rows where N is at most most_width, and as many threads as repay themselves; else tiles of `width` columns and
+// all of most_threads. `fixed`: bytes of shared memory that the kernel needs beside the ring.
 template <class Real> Tiling tiling_of(int64_t states, int most_threads, int most_width, int width, size_t fixed) {
   constexpr int V = 16 / int(sizeof(Real));
   const int N = int(states);
@@ -34,12 +37,12 @@ template <class Real> Tiling tiling_of(int64_t states, int most_threads, int mos
   o.states = N;
   o.width = tiled ? width : N;
   o.tiles = (N + o.width - 1) / o.width;
-  const int wanted = min(most_threads, N <= 8 ? 32 : N <= 16 ? 64 : N <= 32 ? 128 : N <= 64 ? 256 : 512);
+  const int wanted = min(most_threads, N <= 8 ? 32 : N <= 16 ? 64 : N <= 32 ? 128 : 512);
   o.groups = tiled ? 1 : max(1, min(N, wanted / N));
   o.threads = tiled ? most_threads : (o.groups * N + kWarp - 1) / kWarp * kWarp;
   o.pitch = tiled ? (o.width + 2 * V - 2) / V * V : 0;
   const int left = (48 * 1024 - int(fixed)) / kStages / int(sizeof(Real)) - V;
-  int most = max(1, min(N, min(8 * 1024 / int(sizeof(Real)), left) / (tiled ? o.pitch : N)));
+  int most = max(1, min(N, min(kChunk / int(sizeof(Real)), left) / (tiled ? o.pitch : N)));
   if (most > o.groups) most -= most % o.groups;
   o.chunks = (N + most - 1) / most;
   o.rows = (N + o.chunks - 1) / o.chunks;
@@ -159,7 +162,8 @@ template <class Real> __device__ __forceinline__ Real largest_of(const Real *x, 
   const int lane = int(threadIdx.x) & (among - 1);
   Real found = lane < n ? x[lane] : negative_infinity<Real>();
 #pragma unroll 1
-  for (int lanes = among / 2; lanes > 0; lanes /= 2) found = larger_or_nan(found, __shfl_xor_sync(kAllLanes, found, lanes));
+  for (int lanes = among / 2; lanes > 0; lanes /= 2)
+    found = larger_or_nan(found, __shfl_xor_sync(kAllLanes, found, lanes));
   return found;
 }
 template <class Real> __device__ __forceinline__ Real sum_of(const Real *x, int n) {
@@ -173,7 +177,9 @@ template <class Real> __device__ __forceinline__ Real sum_of(const Real *x, int 
 }
 
 // A maximum to take differences from: 0 where all is forbidden.
-template <class Real> __device__ __forceinline__ Real or_zero(Real x) { return x == negative_infinity<Real>() ? Real(0) : x; }
+template <class Real> __device__ __forceinline__ Real or_zero(Real x) {
+  return x == negative_infinity<Real>() ? Real(0) : x;
+}
 
 template <class Real> __device__ __forceinline__ void set(Real *x, int64_t n, Real value) {
 #pragma unroll 1
@@ -193,19 +199,30 @@ template <class Real> struct Sequence {
         final(p.final ? static_cast<const Real *>(p.final) + b * p.final_batch_stride : nullptr),
         length(p.lengths[b]), stride(p.transition_time_stride), states(int(p.states)) {}
 
+  // The emission of the thread's first column, for a frame that comes later: nothing waits for it yet.
+  __device__ __forceinline__ Real next_emission(int64_t t) const {
+    const bool any = emission && t < length && int(threadIdx.x) < states;
+    return any ? emission[t * states + threadIdx.x] : negative_infinity<Real>();
+  }
   // Scores of the arcs from frame t-1 to frame t.
   __device__ __forceinline__ const Real *arcs(int64_t t) const { return transition + (t - 1) * stride; }
 };
 
-// What a thread holds of a frame's scores besides those of arcs: of its columns, threadIdx.x and on in steps of a block.
-// Emissions, and at the end final scores; the last column's are kept, which are all where there is no second.
+// What a thread holds of a frame's scores besides those of arcs: of its columns, threadIdx.x and on in steps of a
+// block. Emissions, and at the end final scores; the last column's are kept, which are all where there is no second.
 template <class Real> struct Frame {
   const Real *emission, *final;  // null for none
   Real e, f, top_e, top_f;       // the largest of these columns, then of all
 
-  __device__ __forceinline__ Frame(const Sequence<Real> &q, int64_t t)
+  // `ahead`: the emission of the thread's column, where that is its only one (`alone`): what next_emission gave a frame
+  // ago.
+  __device__ __forceinline__ Frame(const Sequence<Real> &q, int64_t t, bool alone, Real ahead)
       : emission(q.emission ? q.emission + t * q.states : nullptr), final(t == q.length - 1 ? q.final : nullptr) {
     e = f = top_e = top_f = negative_infinity<Real>();
+    if (alone && !final) {
+      top_e = e = ahead;
+      return;
+    }
 #pragma unroll 1
     for (int j = threadIdx.x; j < q.states; j += blockDim.x) {
       if (emission) top_e = fmax(top_e, e = emission[j]);

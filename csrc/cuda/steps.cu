@@ -1,15 +1,17 @@
-// Forward-backward by scaled probabilities for shared transitions of many states: the product of a step over the whole batch
-// is a matrix product of the caller's library, and what comes between two products is one kernel.
+// Forward-backward by scaled probabilities for shared transitions of many states: the product of a step over the whole
+// batch is a matrix product of the caller's library, and what comes between two products is one kernel.
 //
 //   forward    x = message A (the caller's);   a_t = 2^k_t x * w_t        into alpha, where w_t was, and the message
 //   backward   y = message A^T (the caller's); b_t = 2^k_{t+1} y / g_{t+1},  gamma_t = a_t * b_t,  u_t = w_t * b_t
 //
-// with k, g and the certificates of scaled.cu; a_{-1} and u_L are nothing, the first and last frames need no product. What a
-// sequence carries from step to step is in `Carried`. Sequences that have ended keep their message (forward) or have one of
-// zeros (backward); what is multiplied for them is not looked at.
+// with k, g, the certificates and the two halves of scaled.cu, whose messages are two (B, N) in one product of two
+// matrices, A for one and A^T for the other. What a sequence carries from step to step is in `Carried`. Sequences that
+// have ended keep their message
+// (forward) or have one of zeros (backward); what is multiplied for them is not looked at.
 //
-// A step: 2 B N^2 flops in the product, 4 N^2 bytes of arcs from the second cache; here B N numbers of four arrays read and
-// written, one block a sequence, two barriers. Launches: 2 a frame. Limits: N of at most HMM_CUDA_MOST_STATES; T none.
+// A step: 2 B N^2 flops a half in the product, 4 N^2 bytes of arcs each; here B N numbers of four arrays read and
+// written, one block a sequence and half, two barriers. Launches: 2 a step, of which T / 2 follow each other from both
+// ends, else T. Limits: N of at most HMM_CUDA_MOST_STATES; T none.
 //
 // Compiled for sm_75 to sm_120 and executed on the CPU by the tests; not timed on a GPU.
 #include "scaled.h"
@@ -19,12 +21,6 @@ namespace {
 
 constexpr int kThreads = 512;
 
-// One a sequence.
-struct Carried {
-  double total;       // of the last message; backward, g
-  int64_t exponents;  // sum of k
-  int32_t lost, unused;
-};
 template <class Real> Carried *carried(const hmm_problem &p, void *workspace) {
   return reinterpret_cast<Carried *>(static_cast<char *>(workspace) + Arcs<Real>::bytes(p.states));
 }
@@ -44,38 +40,47 @@ template <class Number> __device__ __forceinline__ Number block_sum(Number x, Nu
   return x;
 }
 
+// Does an allowed arc lead to state j from one with a message? From the end: does one lead from j.
 template <class Real>
-__global__ void __launch_bounds__(kThreads) forward_kernel(hmm_problem p, int64_t t, const Real *product, Real *message, Real *alpha,
-                                                           Real *norm, void *workspace, Carried *state) {
+__device__ __forceinline__ bool reachable(const Real *arcs, const Real *previous, int N, int j, bool from_end) {
+  bool found = false;
+  for (int i = 0; !found && i < N; i++)
+    found = previous[i] > 0 && arcs[from_end ? int64_t(j) * N + i : int64_t(i) * N + j] > 0;
+  return found;
+}
+
+// The s-th frame of every walk; the grid's second axis has the halves.
+template <class Real>
+__global__ void __launch_bounds__(kThreads, 1)
+    forward_kernel(hmm_problem p, int64_t s, const Real *product, Real *message, Real *alpha, Real *norm,
+                   void *workspace, Carried *state) {
   HMM_SHARED_MEMORY(at);
   Real *part = carve<Real>(at, kThreads / kWarp);
   const int N = p.states;
-  const int64_t b = blockIdx.x, row = (b * p.time + t) * N;
-  if (t >= p.lengths[b]) {  // the whole block
-    for (int j = threadIdx.x; t == 0 && j < N; j += kThreads) message[b * N + j] = 0;
+  const int64_t b = blockIdx.x, at_b = (blockIdx.y * p.batch + b) * N;
+  const bool from_end = blockIdx.y == 1;
+  const Walk walk = walk_from_ends(p.lengths[b], gridDim.y == 2, from_end);
+  if (s >= walk.frames) {  // the whole block
+    for (int j = threadIdx.x; s == 0 && j < N; j += kThreads) message[at_b + j] = 0;
     return;
   }
+  const int64_t row = (b * p.time + walk.first + s * walk.step) * N, before = row - walk.step * N;
+  state += 2 * b + from_end;
   const Arcs<Real> arcs(workspace, 0, N);
-  const Real ninf = negative_infinity<Real>(), smallest = ldexp(Real(1), Range<Real>::kEntryBits);
+  const Real smallest = ldexp(Real(1), Range<Real>::kEntryBits);
   const Real *initial = static_cast<const Real *>(p.initial) + b * p.initial_batch_stride;
-  Real initial_top = ninf;
-  for (int j = threadIdx.x; t == 0 && j < N; j += kThreads) initial_top = fmax(initial_top, initial[j]);
-  if (t == 0) initial_top = block_max(initial_top, part);
-  if (initial_top == ninf) initial_top = 0;
-  const int up = t ? correction(Real(state[b].total)) : 0;
+  const Real initial_top = s == 0 && !from_end ? top_of(initial, N, part) : Real(0);
+  const int up = s ? correction(Real(state->total)) : 0;
   const Real scale = ldexp(Real(1), up);
-  bool lost = t == 0 && !arcs.certificate->usable;
+  bool lost = s == 0 && !arcs.certificate->usable;
   Real sum = 0;
   for (int j = threadIdx.x; j < N; j += kThreads) {
     const Real w = alpha[row + j];
-    const Real start = t ? Real(0) : weight(initial[j], Real(0), initial_top);
-    const Real a = t ? product[b * N + j] * w * scale : start * ldexp(Real(1), kTopBits) * w;
-    if (!arcs.certificate->mixing && a < smallest * scale && w > 0) {
-      bool reached = start > 0;
-      for (int i = 0; t && !reached && i < N; i++) reached = alpha[row - N + i] > 0 && arcs.arcs[int64_t(i) * N + j] > 0;
-      lost |= reached;
-    }
-    alpha[row + j] = message[b * N + j] = a;
+    const Real start = s ? Real(0) : from_end ? Real(1) : weight(initial[j], Real(0), initial_top);
+    const Real a = s ? product[at_b + j] * w * scale : start * ldexp(Real(1), kTopBits) * w;
+    if (!arcs.certificate->mixing && a < smallest * scale && w > 0)
+      lost |= s ? reachable(arcs.arcs, alpha + before, N, j, from_end) : start > 0;
+    alpha[row + j] = message[at_b + j] = a;
     sum += a;
   }
   sum = block_sum(sum, part);
@@ -83,73 +88,56 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(hmm_problem p, int64_
   const bool any = block_max(Real(lost), part) > 0;
   if (threadIdx.x != 0) return;  // no barrier follows
   norm[row] = scale;
-  state[b].total = double(sum);
-  state[b].exponents = (t ? state[b].exponents : 0) + up;
-  state[b].lost = (t ? state[b].lost : 0) | any;
+  state->total = double(sum);
+  state->exponents = (s ? state->exponents : 0) + up;
+  state->lost = (s ? state->lost : 0) | any;
+}
+
+// The messages of the other halves, which the first products are of; zeros where there is nothing to go on from.
+template <class Real>
+__global__ void __launch_bounds__(kThreads, 1)
+    meet_kernel(hmm_problem p, const Real *alpha, const int32_t *method, Real *message) {
+  const int N = p.states;
+  const int64_t b = blockIdx.x;
+  const bool both = method[b] == HMM_BOTH_ENDS;
+  const Walk walk = walk_to_ends(p.lengths[b], both, blockIdx.y == 1);
+  const bool meets = both && walk.frames > 0 && walk.meets;
+  for (int i = threadIdx.x; i < N; i += kThreads)
+    message[(blockIdx.y * p.batch + b) * N + i] =
+        meets ? alpha[(b * p.time + walk.first - walk.step) * N + i] : Real(0);
 }
 
 template <class Real>
-__global__ void __launch_bounds__(kThreads) end_kernel(hmm_problem p, const Real *centre, void *workspace, const Carried *state,
-                                                       Real *log_partition, int32_t *method) {
-  HMM_SHARED_MEMORY(at);
-  Real *part = carve<Real>(at, kThreads / kWarp);
-  double *part_double = carve<double>(at, kThreads / kWarp);
-  const int N = p.states;
-  const int64_t b = blockIdx.x, L = p.lengths[b];
-  const double arcs_top = double(Arcs<Real>(workspace, 0, N).certificate->top);
-  const Real *initial = static_cast<const Real *>(p.initial) + b * p.initial_batch_stride;
-  const Real *final = p.final ? static_cast<const Real *>(p.final) + b * p.final_batch_stride : nullptr;
-  const Real ninf = negative_infinity<Real>();
-  Real initial_top = ninf, final_top = ninf;
-  for (int j = threadIdx.x; j < N; j += kThreads) {
-    initial_top = fmax(initial_top, initial[j]);
-    final_top = fmax(final_top, final ? final[j] : Real(0));
-  }
-  initial_top = block_max(initial_top, part), final_top = block_max(final_top, part);
-  double taken = 0;
-  for (int64_t t = threadIdx.x; t < L; t += kThreads) taken += double(centre[b * p.time + t]) + (t ? arcs_top : 0);
-  taken = block_sum(taken, part_double);
-  if (threadIdx.x != 0) return;  // no barrier follows
-  if (initial_top != ninf) taken += double(initial_top);
-  if (final_top != ninf) taken += double(final_top);
-  method[b] = L > 0 && state[b].lost ? HMM_REDONE : HMM_SCALED;
-  log_partition[b] = L > 0 ? Real(taken - double(kTopBits + state[b].exponents) * kLn2 + log(state[b].total)) : Real(0);
-}
-
-template <class Real>
-__global__ void __launch_bounds__(kThreads) backward_kernel(hmm_problem p, int64_t t, const Real *grad, const Real *product, Real *message,
-                                                            const Real *alpha, const Real *norm, const int32_t *method, Real *w, Real *posterior,
-                                                            Carried *state) {
+__global__ void __launch_bounds__(kThreads, 1)
+    backward_kernel(hmm_problem p, int64_t s, const Real *grad, const Real *product, Real *message, const Real *alpha,
+                    const Real *norm, const int32_t *method, Real *w, Real *posterior, Carried *state) {
   HMM_SHARED_MEMORY(at);
   Real *part = carve<Real>(at, kThreads / kWarp);
   const int N = p.states;
-  const int64_t b = blockIdx.x, row = (b * p.time + t) * N, L = p.lengths[b];
-  const bool scaled = method[b] == HMM_SCALED;
-  if (t >= L || !scaled) {  // the whole block; what is lost is left to the kernels in log space
-    for (int i = threadIdx.x; i < N; i += kThreads) {
-      message[b * N + i] = 0;
-      if (scaled) posterior[row + i] = 0;
-    }
+  const int64_t b = blockIdx.x, at_b = (blockIdx.y * p.batch + b) * N, L = p.lengths[b], first = b * p.time * N;
+  const bool done = method[b] == HMM_SCALED || method[b] == HMM_BOTH_ENDS;
+  const Walk walk = walk_to_ends(L, method[b] == HMM_BOTH_ENDS, blockIdx.y == 1);
+  if (s == 0 && done && blockIdx.y == 0)
+    for (int64_t k = L * N + threadIdx.x; k < p.time * N; k += kThreads) posterior[first + k] = 0;
+  if (s >= walk.frames || !done) {  // the whole block; what is lost is done by redo.cu
+    for (int i = threadIdx.x; i < N; i += kThreads) message[at_b + i] = 0;
     return;
   }
-  Real factor;
-  if (t == L - 1) {
-    Real last = 0;
-    for (int i = threadIdx.x; i < N; i += kThreads) last += alpha[row + i];
-    factor = Real(1) / block_sum(last, part);
-  } else factor = norm[row + N] / Real(state[b].total);
-  const Real scale = t ? norm[row] : Real(1);
+  const int64_t row = first + (walk.first + s * walk.step) * N;
+  state += 2 * b + blockIdx.y;
+  const Real factor = s == 0 ? norm[first] : norm[row - walk.step * N] / Real(state->total);
+  const Real scale = s < walk.frames - 1 ? norm[row] : Real(1);
   Real sum = 0;
   for (int i = threadIdx.x; i < N; i += kThreads) {
-    const Real a = alpha[row + i], y = t == L - 1 ? Real(1) : product[b * N + i];
+    const Real a = alpha[row + i], y = s == 0 && !walk.meets ? Real(1) : product[at_b + i];
     const Real beta = a > 0 ? y * factor : Real(0), gamma = a * beta, u = w[row + i] * beta;
     posterior[row + i] = grad[b] * gamma;
     w[row + i] = scale * u;
-    message[b * N + i] = u;
+    message[at_b + i] = u;
     sum += gamma;
   }
   sum = block_sum(sum, part);
-  if (threadIdx.x == 0) state[b].total = double(sum);
+  if (threadIdx.x == 0) state->total = double(sum);
 }
 
 constexpr size_t kShared = carved<double>(kThreads / kWarp) * 2;
@@ -158,48 +146,59 @@ constexpr size_t kShared = carved<double>(kThreads / kWarp) * 2;
 
 template <class Real> size_t steps_workspace(const hmm_problem &p, bool backward) {
   const size_t frames = backward ? sizeof(Real) * size_t(p.batch * p.time * p.states) : 0;
-  return size_t(Arcs<Real>::bytes(p.states)) + sizeof(Carried) * size_t(p.batch) + frames;
+  return size_t(Arcs<Real>::bytes(p.states)) + 2 * sizeof(Carried) * size_t(p.batch) + frames;
 }
 
 template <class Real> Real *steps_messages(const hmm_problem &p, void *workspace) {
-  return reinterpret_cast<Real *>(carried<Real>(p, workspace) + p.batch);
+  return reinterpret_cast<Real *>(carried<Real>(p, workspace) + 2 * p.batch);
 }
 
 template <class Real> int steps_begin(const hmm_problem &p, Real *alpha, Real *centre, void *workspace, void *stream) {
   return prepare(p, true, centre, alpha, workspace, stream);
 }
 
+inline dim3 walks(const hmm_problem &p) { return dim3(unsigned(p.batch), p.sharing == HMM_BY_ENDS ? 2 : 1); }
+
 template <class Real>
-int steps_forward(const hmm_problem &p, int64_t t, const Real *product, Real *message, Real *alpha, Real *norm, void *workspace, void *stream) {
-  return launch(forward_kernel<Real>, dim3(unsigned(p.batch)), kThreads, kShared, stream, p, t, product, message, alpha, norm,
+int steps_forward(const hmm_problem &p, int64_t s, const Real *product, Real *message, Real *alpha, Real *norm,
+                  void *workspace, void *stream) {
+  return launch(forward_kernel<Real>, walks(p), kThreads, kShared, stream, p, s, product, message, alpha, norm,
                 workspace, carried<Real>(p, workspace));
 }
 
 template <class Real>
-int steps_end(const hmm_problem &p, Real *log_partition, const Real *centre, int32_t *method, void *workspace, void *stream) {
-  return launch(end_kernel<Real>, dim3(unsigned(p.batch)), kThreads, kShared, stream, p, centre, workspace,
-                carried<Real>(p, workspace), log_partition, method);
-}
-
-template <class Real> int steps_back_begin(const hmm_problem &p, const Real *centre, void *workspace, void *stream) {
-  return prepare(p, false, const_cast<Real *>(centre), steps_messages<Real>(p, workspace), workspace, stream);
+int steps_end(const hmm_problem &p, Real *log_partition, const Real *alpha, Real *norm, const Real *centre,
+              int32_t *method, void *workspace, void *stream) {
+  return join(p, carried<Real>(p, workspace), log_partition, alpha, norm, centre, method, workspace, stream);
 }
 
 template <class Real>
-int steps_backward(const hmm_problem &p, int64_t t, const Real *grad, const Real *product, Real *message, const Real *alpha,
-                   const Real *norm, const int32_t *method, Real *state, void *workspace, void *stream) {
-  return launch(backward_kernel<Real>, dim3(unsigned(p.batch)), kThreads, kShared, stream, p, t, grad, product, message, alpha,
-                norm, method, steps_messages<Real>(p, workspace), state, carried<Real>(p, workspace));
+int steps_back_begin(const hmm_problem &p, const Real *alpha, const Real *centre, const int32_t *method, Real *message,
+                     void *workspace, void *stream) {
+  const int status =
+      prepare(p, false, const_cast<Real *>(centre), steps_messages<Real>(p, workspace), workspace, stream);
+  return status ? status : launch(meet_kernel<Real>, walks(p), kThreads, 0, stream, p, alpha, method, message);
 }
 
-#define HMM_INSTANTIATE(Real)                                                                                            \
-  template size_t steps_workspace<Real>(const hmm_problem &, bool);                                                      \
-  template int steps_begin<Real>(const hmm_problem &, Real *, Real *, void *, void *);                                   \
-  template int steps_forward<Real>(const hmm_problem &, int64_t, const Real *, Real *, Real *, Real *, void *, void *);  \
-  template int steps_end<Real>(const hmm_problem &, Real *, const Real *, int32_t *, void *, void *);                    \
-  template int steps_back_begin<Real>(const hmm_problem &, const Real *, void *, void *);                                \
-  template int steps_backward<Real>(const hmm_problem &, int64_t, const Real *, const Real *, Real *, const Real *,      \
-                                    const Real *, const int32_t *, Real *, void *, void *);                              \
+template <class Real>
+int steps_backward(const hmm_problem &p, int64_t s, const Real *grad, const Real *product, Real *message,
+                   const Real *alpha, const Real *norm, const int32_t *method, Real *state, void *workspace,
+                   void *stream) {
+  return launch(backward_kernel<Real>, walks(p), kThreads, kShared, stream, p, s, grad, product, message, alpha, norm,
+                method, steps_messages<Real>(p, workspace), state, carried<Real>(p, workspace));
+}
+
+#define HMM_INSTANTIATE(Real)                                                                                       \
+  template size_t steps_workspace<Real>(const hmm_problem &, bool);                                                 \
+  template int steps_begin<Real>(const hmm_problem &, Real *, Real *, void *, void *);                              \
+  template int steps_forward<Real>(const hmm_problem &, int64_t, const Real *, Real *, Real *, Real *, void *,      \
+                                   void *);                                                                         \
+  template int steps_end<Real>(const hmm_problem &, Real *, const Real *, Real *, const Real *, int32_t *, void *,  \
+                               void *);                                                                             \
+  template int steps_back_begin<Real>(const hmm_problem &, const Real *, const Real *, const int32_t *, Real *,     \
+                                      void *, void *);                                                              \
+  template int steps_backward<Real>(const hmm_problem &, int64_t, const Real *, const Real *, Real *, const Real *, \
+                                    const Real *, const int32_t *, Real *, void *, void *);                         \
   template Real *steps_messages<Real>(const hmm_problem &, void *);
 HMM_INSTANTIATE(float)
 HMM_INSTANTIATE(double)

@@ -4,47 +4,50 @@
 //   from_t(j)  = the smallest i of that maximum
 //   score      = sum_t (max e_t + M_t)                                                (in float64)
 //
-// A block goes through the frames of one sequence, with several threads a column for N up to 256; scores pass through shared
-// memory (staging.h), back-pointers go to global memory as int16. The walk back is one thread's, through shared memory that
-// the block fills, up to N = 512, where a step costs less than a trip to global memory; above, from global memory.
-// Cost a step, N^2 arcs: 2 additions, 2 comparisons an arc, 4 (8 in float64) bytes read, and 2 N bytes of pointers written and
-// read. Barriers a step: 1 and one a chunk of 8 KB: 2 for N up to 45 in float32, 3 for N = 50; a few a chunk of pointers.
-// Limits: N at most 4096, and in float64 3400 where a block has 64 KB of shared memory (sm_75): 2 N numbers of it are needed
-// for N above 512, all within 48 KB up to N = 512. T none. Compiled and executed on the CPU, not timed.
+// A block goes through the frames of one sequence, with several threads a column for N up to 256; scores pass through
+// shared memory (staging.h), back-pointers go to global memory as int16. The walk back is one thread's, through shared
+// memory that the block fills, up to N = 512, where a step costs less than a trip to global memory; above, from global
+// memory. Cost a step, N^2 arcs: 2 additions, 2 comparisons an arc, 4 (8 in float64) bytes read, and 2 N bytes of
+// pointers written and read. Barriers a step: 1 and one a chunk of 10 KB: 2 for N up to 50 in float32; a
+// few a chunk of pointers. Above N = 512, where a column is one thread's, messages are in global memory and read from
+// the first cache, a number for all threads at once. Limits: N at most HMM_CUDA_MOST_STATES, shared memory within 48
+// KB; T none. Compiled and executed on the CPU, not timed.
 #include "kernels.h"
 #include "staging.h"
 
 namespace hmm {
 namespace {
 
-// What a block keeps in shared memory beside the ring.
+// What a block keeps in shared memory beside the ring; messages of many states are in `delta`, (2, N) in global memory.
 template <class Real, bool Tiled> struct ViterbiMemory {
-  Real *messages, *next;  // delta_t before M_t is taken out, and the next frame's, of which best_t is known; one array where
-                          // columns are shared, since they pass through those of partial maxima
+  Real *messages,
+      *next;  // delta_t before M_t is taken out, and the next frame's, of which best_t is known; one array where
+              // columns are shared, since they pass through those of partial maxima
   Real *partial_best;
   int *partial_from;
   Real *tops_initial, *tops_delta, *tops_frame;
   int *last_state;
 
-  __device__ __forceinline__ ViterbiMemory(unsigned char *&memory, int N, int threads) {
-    messages = carve<Real>(memory, N), next = Tiled ? carve<Real>(memory, N) : messages;
-    partial_best = Tiled ? nullptr : carve<Real>(memory, threads), partial_from = Tiled ? nullptr : carve<int>(memory, threads);
+  __device__ __forceinline__ ViterbiMemory(unsigned char *&memory, Real *delta, int N, int threads) {
+    messages = Tiled ? delta : carve<Real>(memory, N), next = Tiled ? delta + N : messages;
+    partial_best = Tiled ? nullptr : carve<Real>(memory, threads),
+    partial_from = Tiled ? nullptr : carve<int>(memory, threads);
     tops_initial = carve<Real>(memory, threads / kWarp), tops_delta = carve<Real>(memory, threads / kWarp);
     tops_frame = carve<Real>(memory, 2 * (threads / kWarp));
     last_state = carve<int>(memory, 1);
   }
   static size_t bytes(int64_t N, int threads) {
     const int warps = threads / kWarp;
-    return carved<Real>(N) + (Tiled ? carved<Real>(N) : carved<Real>(threads) + carved<int>(threads)) + 2 * carved<Real>(warps) +
+    return (Tiled ? 0 : carved<Real>(N) + carved<Real>(threads) + carved<int>(threads)) + 2 * carved<Real>(warps) +
            carved<Real>(2 * warps) + carved<int>(1);
   }
 };
 
-// The best arc into a column from rows `group`, group + groups, ... of a chunk; messages are `middle` above what they should
-// be. A NaN makes the best NaN for good.
+// The best arc into a column from rows `group`, group + groups, ... of a chunk; messages are `middle` above what they
+// should be. A NaN makes the best NaN for good.
 template <class Real, bool Tiled>
-__device__ __forceinline__ void best_row(const Chunk<Real, Tiled> &c, const Real *messages, Real middle, int group, int groups,
-                                         int column, Real &best, int &from) {
+__device__ __forceinline__ void best_row(const Chunk<Real, Tiled> &c, const Real *messages, Real middle, int group,
+                                         int groups, int column, Real &best, int &from) {
 #pragma unroll 4
   for (int r = group; r < c.rows; r += groups) {
     const Real x = c[r][column] + (messages[c.row + r] - middle);
@@ -52,11 +55,11 @@ __device__ __forceinline__ void best_row(const Chunk<Real, Tiled> &c, const Real
   }
 }
 
-// The path backwards, by one thread, from state `last` of frame L-1. Where Staged, pointers of several frames at once pass
-// through `buffers`, two of `bytes` bytes, `apart` bytes from each other.
+// The path backwards, by one thread, from state `last` of frame L-1. Where Staged, pointers of several frames at once
+// pass through `buffers`, two of `bytes` bytes, `apart` bytes from each other.
 template <bool Staged>
-__device__ __forceinline__ void walk_back(const int16_t *pointers, int64_t length, int N, int last, unsigned char *buffers, int apart,
-                                          int bytes, int64_t *states) {
+__device__ __forceinline__ void walk_back(const int16_t *pointers, int64_t length, int N, int last,
+                                          unsigned char *buffers, int apart, int bytes, int64_t *states) {
   int at = last;
   if (threadIdx.x == 0) states[length - 1] = at;
   if (!Staged) {
@@ -97,19 +100,22 @@ __device__ __forceinline__ void sweep(Ring<Real, Tiled> &ring, Chunk<Real, Tiled
 #pragma unroll 1
     for (int n = 0; n < o.chunks; n++) {
       if (tile + n > 0) chunk = ring.arrive(arcs, tile, n);
-      if (group < o.groups && column < chunk.columns) best_row(chunk, held.messages, middle, group, o.groups, column, best, from);
+      if (group < o.groups && column < chunk.columns)
+        best_row(chunk, held.messages, middle, group, o.groups, column, best, from);
     }
     if (!Tiled) held.partial_best[thread] = best, held.partial_from[thread] = from;
-    else if (column < chunk.columns) held.next[chunk.column + column] = best, pointers[chunk.column + column] = int16_t(from);
+    else if (column < chunk.columns)
+      held.next[chunk.column + column] = best, pointers[chunk.column + column] = int16_t(from);
   }
 }
 
 // The groups' best of column j together.
 template <class Real>
-__device__ __forceinline__ Real combine(const Real *partial_best, const int *partial_from, int groups, int N, int j, int &from) {
+__device__ __forceinline__ Real combine(const Real *partial_best, const int *partial_from, int groups, int N, int j,
+                                        int &from) {
   Real best = partial_best[j];
   from = partial_from[j];
-#pragma unroll 1
+#pragma unroll 4
   for (int g = 1; g < groups; g++) {
     const Real x = partial_best[g * N + j];
     const int i = partial_from[g * N + j];
@@ -118,14 +124,35 @@ __device__ __forceinline__ Real combine(const Real *partial_best, const int *par
   return best;
 }
 
+// The score and the path, when all frames are gone through; `middle`: the last frame's largest message.
+template <class Real, bool Tiled>
+__device__ __forceinline__ void end_path(const Ring<Real, Tiled> &ring, const ViterbiMemory<Real, Tiled> &held,
+                                         Real middle, double offset, int64_t frames, int64_t time,
+                                         const int16_t *pointers, Real &score, int64_t *states) {
+  const bool feasible = middle - middle == 0;
+  const int64_t length = feasible ? frames : 0;
+  if (threadIdx.x == 0) {
+    score = feasible ? Real(offset) : middle == negative_infinity<Real>() ? middle : middle - middle;
+    int found = 0;
+    if (length > 0)
+      while (held.messages[found] != middle) found++;
+    *held.last_state = found;
+  }
+  __syncthreads();
+  set(states + length, time - length, int64_t(-1));
+  if (length > 0)
+    walk_back<!Tiled>(pointers, length, ring.o.states, *held.last_state, reinterpret_cast<unsigned char *>(ring.slots),
+                      ring.apart * int(sizeof(Real)), ring.o.slot * int(sizeof(Real)), states);
+}
+
 template <class Real, bool Tiled>
 __global__ void __launch_bounds__(Tiled ? kTile : kMostThreads, kBlocks<Real>)
-    viterbi_kernel(hmm_problem p, Tiling o, Real *score, int16_t *pointers, int64_t *states) {
+    viterbi_kernel(hmm_problem p, Tiling o, Real *score, Real *delta, int16_t *pointers, int64_t *states) {
   HMM_SHARED_MEMORY(memory);
   const int N = o.states, thread = threadIdx.x, threads = blockDim.x, warp = thread / kWarp, warps = threads / kWarp;
   Ring<Real, Tiled> ring(o, memory);
-  ViterbiMemory<Real, Tiled> held(memory, N, threads);
   const int64_t b = blockIdx.x;
+  ViterbiMemory<Real, Tiled> held(memory, delta + 2 * b * N, N, threads);
   const Sequence<Real> q(p, b);
   pointers += b * p.time * N, states += b * p.time;
 
@@ -134,8 +161,10 @@ __global__ void __launch_bounds__(Tiled ? kTile : kMostThreads, kBlocks<Real>)
   ring.start(q.arcs(1), q.stride, q.length - 1);
   Chunk<Real, Tiled> chunk = {};
   int64_t t = 0;
+  Real ahead = q.next_emission(0);
   for (bool goes_on = q.length > 0; goes_on; t++) {
-    Frame<Real> frame(q, t);
+    Frame<Real> frame(q, t, !Tiled, ahead);
+    ahead = Tiled ? Real(0) : q.next_emission(t + 1);
     Real top = negative_infinity<Real>(), largest = top;
     if (t > 0) sweep(ring, chunk, q.arcs(t), middle, held, pointers + t * N);
     else {
@@ -174,37 +203,24 @@ __global__ void __launch_bounds__(Tiled ? kTile : kMostThreads, kBlocks<Real>)
     if (thread == 0) offset += double(top) + double(frame.top_e) + double(frame.top_f) + double(middle);
   }
   ring.stop();
-
-  const bool feasible = middle - middle == 0;
-  const int64_t length = feasible ? q.length : 0;
-  if (thread == 0) {
-    score[b] = feasible ? Real(offset) : middle == negative_infinity<Real>() ? middle : middle - middle;
-    int found = 0;
-    if (length > 0)
-      while (held.messages[found] != middle) found++;
-    *held.last_state = found;
-  }
-  __syncthreads();
-  set(states + length, p.time - length, int64_t(-1));
-  if (length > 0)
-    walk_back<!Tiled>(pointers, length, N, *held.last_state, reinterpret_cast<unsigned char *>(ring.slots),
-                      ring.apart * int(sizeof(Real)), o.slot * int(sizeof(Real)), states);
+  end_path(ring, held, middle, offset, q.length, p.time, pointers, score[b], states);
 }
 
 }  // namespace
 
-template <class Real> int viterbi(const hmm_problem &p, Real *score, int16_t *pointers, int64_t *states, void *stream) {
+template <class Real>
+int viterbi(const hmm_problem &p, Real *score, Real *delta, int16_t *pointers, int64_t *states, void *stream) {
   if (p.batch == 0) return HMM_OK;
   const bool tiled = p.states > kMostThreads;
   const int most = tiled ? kTile : kMostThreads;
   const auto fixed = tiled ? ViterbiMemory<Real, true>::bytes : ViterbiMemory<Real, false>::bytes;
   const Tiling o = tiling_of<Real>(p.states, most, kMostThreads, kTile, fixed(p.states, most));
   const size_t bytes = Ring<Real, true>::bytes(o) + fixed(p.states, o.threads);
-  return launch(tiled ? viterbi_kernel<Real, true> : viterbi_kernel<Real, false>, dim3(unsigned(p.batch)), o.threads, bytes, stream, p, o,
-                score, pointers, states);
+  return launch(tiled ? viterbi_kernel<Real, true> : viterbi_kernel<Real, false>, dim3(unsigned(p.batch)), o.threads,
+                bytes, stream, p, o, score, delta, pointers, states);
 }
 
-template int viterbi<float>(const hmm_problem &, float *, int16_t *, int64_t *, void *);
-template int viterbi<double>(const hmm_problem &, double *, int16_t *, int64_t *, void *);
+template int viterbi<float>(const hmm_problem &, float *, float *, int16_t *, int64_t *, void *);
+template int viterbi<double>(const hmm_problem &, double *, double *, int16_t *, int64_t *, void *);
 
 }  // namespace hmm

@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-#define HMM_ABI_VERSION 3
+#define HMM_ABI_VERSION 4
 #define HMM_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -231,11 +231,13 @@ HMM_API int hmm_low_rank_backward_f64(const hmm_low_rank *, const double *grad, 
 
 /* The same on a GPU, in libraries that were built with nvcc only: the pointers are to memory of the current device, also
  * `lengths`; work is put on `stream` (a cudaStream_t) and not waited for, so that values of lengths are not checked.
- * N is at most HMM_CUDA_MOST_STATES. alpha, norm and centre are as above, but norm (B, T, N) is always needed: method is
- * HMM_SCALED, or HMM_LOG_SPACE also for sequences of a shared transition that could not be certified. transition_time_stride
- * is 0 where time_varying is, threads and sharing are not looked at. `workspace` is hmm_cuda_workspace() bytes, from
+ * N is at most HMM_CUDA_MOST_STATES, where time_varying is 1 HMM_CUDA_MOST_STATES_VARYING: more is HMM_INVALID_ARGUMENT. alpha, norm and centre are as above, but norm (B, T, N) is always needed, and HMM_REDONE is
+ * in log space: alpha + norm, as float64, are log messages whose maximum is 0 to centre's rounding, and centre is what was taken
+ * out of a frame. transition_time_stride is 0 where time_varying is. Forward, where time_varying is 0, sharing is HMM_BY_ENDS for
+ * half as many steps one after the other (HMM_BOTH_ENDS), or HMM_BY_SEQUENCES, as samples need it; threads are not looked at. `workspace` is hmm_cuda_workspace() bytes, from
  * whose start on nothing is kept between calls. */
-#define HMM_CUDA_MOST_STATES 4096
+#define HMM_CUDA_MOST_STATES 8192
+#define HMM_CUDA_MOST_STATES_VARYING 4096 /* where time_varying is 1 */
 enum hmm_cuda_pass { HMM_CUDA_FORWARD = 0, HMM_CUDA_BACKWARD = 1 };
 HMM_API int64_t hmm_cuda_workspace(const hmm_problem *, int32_t real_bytes, int32_t pass);
 HMM_API int hmm_cuda_forward_f32(const hmm_problem *, float *log_partition, float *alpha, float *norm, float *centre,
@@ -250,41 +252,44 @@ HMM_API int hmm_cuda_backward_f64(const hmm_problem *, const double *grad, const
                                   double *edge, void *workspace, void *stream);
 /* The same, with a matrix product a step that the caller does with the library of their choice, in full precision: for one
  * matrix of transitions and many states. Where hmm_cuda_in_steps says 1, hmm_cuda_forward works too, more slowly.
- *   forward:  begin; for t = 0 .. T-1: product = message A where t > 0, steps_forward(t); end.
- *   backward: back_begin; for t = T-1 .. 0: product = message A^T where t < T-1, steps_backward(t); back_end.
- * product, message (B, N); A (N, N) is what the workspace begins with. */
+ *   forward:  begin; for s = 0 .. S-1: product = message A where s > 0, steps_forward(s); end.
+ *   backward: back_begin; for s = 0 .. S-1: product = message A^T where s > 0 or by ends, steps_backward(s); back_end.
+ * product, message (B, N); A (N, N) is what the workspace begins with; S = T. Where sharing is HMM_BY_ENDS, in both passes, S =
+ * (T+1)/2, and product and message are (2, B, N), of which the second one is multiplied by the other of A and A^T. */
 HMM_API int hmm_cuda_in_steps(const hmm_problem *, int32_t real_bytes);
 HMM_API int hmm_cuda_steps_begin_f32(const hmm_problem *, float *alpha, float *centre, void *workspace, void *stream);
-HMM_API int hmm_cuda_steps_forward_f32(const hmm_problem *, int64_t t, const float *product, float *message, float *alpha,
+HMM_API int hmm_cuda_steps_forward_f32(const hmm_problem *, int64_t s, const float *product, float *message, float *alpha,
                                        float *norm, void *workspace, void *stream);
 HMM_API int hmm_cuda_steps_end_f32(const hmm_problem *, float *log_partition, float *alpha, float *norm, float *centre,
                                    int32_t *method, void *workspace, void *stream);
-HMM_API int hmm_cuda_steps_back_begin_f32(const hmm_problem *, const float *centre, void *workspace, void *stream);
-HMM_API int hmm_cuda_steps_backward_f32(const hmm_problem *, int64_t t, const float *grad, const float *product,
+HMM_API int hmm_cuda_steps_back_begin_f32(const hmm_problem *, const float *alpha, const float *centre, const int32_t *method,
+                                          float *message, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_backward_f32(const hmm_problem *, int64_t s, const float *grad, const float *product,
                                         float *message, const float *alpha, const float *norm, const int32_t *method,
                                         float *state, void *workspace, void *stream);
 HMM_API int hmm_cuda_steps_back_end_f32(const hmm_problem *, const float *grad, const float *log_partition,
                                         const float *alpha, const float *norm, const float *centre, const int32_t *method,
                                         float *state, float *edge, void *workspace, void *stream);
 HMM_API int hmm_cuda_steps_begin_f64(const hmm_problem *, double *alpha, double *centre, void *workspace, void *stream);
-HMM_API int hmm_cuda_steps_forward_f64(const hmm_problem *, int64_t t, const double *product, double *message, double *alpha,
+HMM_API int hmm_cuda_steps_forward_f64(const hmm_problem *, int64_t s, const double *product, double *message, double *alpha,
                                        double *norm, void *workspace, void *stream);
 HMM_API int hmm_cuda_steps_end_f64(const hmm_problem *, double *log_partition, double *alpha, double *norm, double *centre,
                                    int32_t *method, void *workspace, void *stream);
-HMM_API int hmm_cuda_steps_back_begin_f64(const hmm_problem *, const double *centre, void *workspace, void *stream);
-HMM_API int hmm_cuda_steps_backward_f64(const hmm_problem *, int64_t t, const double *grad, const double *product,
+HMM_API int hmm_cuda_steps_back_begin_f64(const hmm_problem *, const double *alpha, const double *centre, const int32_t *method,
+                                          double *message, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_backward_f64(const hmm_problem *, int64_t s, const double *grad, const double *product,
                                         double *message, const double *alpha, const double *norm, const int32_t *method,
                                         double *state, void *workspace, void *stream);
 HMM_API int hmm_cuda_steps_back_end_f64(const hmm_problem *, const double *grad, const double *log_partition,
                                         const double *alpha, const double *norm, const double *centre, const int32_t *method,
                                         double *state, double *edge, void *workspace, void *stream);
-/* pointers: (B, T, N) int16, workspace. */
-HMM_API int hmm_cuda_viterbi_f32(const hmm_problem *, float *score, int16_t *pointers, int64_t *states, void *stream);
-HMM_API int hmm_cuda_viterbi_f64(const hmm_problem *, double *score, int16_t *pointers, int64_t *states, void *stream);
+/* delta (B, 2, N), pointers (B, T, N): workspace. */
+HMM_API int hmm_cuda_viterbi_f32(const hmm_problem *, float *score, float *delta, int16_t *pointers, int64_t *states, void *stream);
+HMM_API int hmm_cuda_viterbi_f64(const hmm_problem *, double *score, double *delta, int16_t *pointers, int64_t *states, void *stream);
 HMM_API int hmm_cuda_sample_f32(const hmm_problem *, int64_t samples, const float *log_partition, const float *alpha,
-                                const int32_t *method, const float *uniform, int64_t *states, void *stream);
+                                const float *norm, const int32_t *method, const float *uniform, int64_t *states, void *stream);
 HMM_API int hmm_cuda_sample_f64(const hmm_problem *, int64_t samples, const double *log_partition, const double *alpha,
-                                const int32_t *method, const double *uniform, int64_t *states, void *stream);
+                                const double *norm, const int32_t *method, const double *uniform, int64_t *states, void *stream);
 
 HMM_API int hmm_abi_version(void);
 HMM_API const char *hmm_instruction_set(void);    /* "avx512", "avx2" or "portable": what the running CPU got */

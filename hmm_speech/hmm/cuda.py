@@ -28,6 +28,23 @@ def stream_of(device: torch.device) -> Iterator[int | None]:
         yield torch.cuda.current_stream(device).cuda_stream
 
 
+# What walking from both ends saves and costs, in us; estimated, not measured (csrc/cuda/README.md). A step of scaled.cu
+# is a chain of some 540 cycles, one of steps.cu two launches; where the halves meet, one block a sequence reads all
+# arcs, at some 50 GB/s.
+_STEP, _LAUNCHED_STEP, _JOINED_ARC = 0.35, 6.0, 8e-5
+# Beyond, a step of steps.cu is bound by the bytes of its arcs, not by launches: 64 MB at 4,096 states, 30 us at 2 TB/s.
+# From both ends these are read twice, once a half, and nothing is won; up to here, N^2 more numbers are the price.
+_BOTH_ENDS_TO = 2048
+
+
+def walk_both_ends(time: int, num_states: int, in_steps: bool) -> bool:
+    """Whether a sequence is to be walked from both of its ends at once, half as many steps one after the other.
+
+    The batch's size does not matter: where B blocks fill the GPU, 2 B blocks of half the length take as long."""
+    saved = time // 2 * (_LAUNCHED_STEP if in_steps else _STEP)
+    return saved > num_states**2 * _JOINED_ARC and (not in_steps or num_states <= _BOTH_ENDS_TO)
+
+
 class Call(ops._Call):
     """As its base, for hmm_cuda_*: with a workspace, and on a stream."""
 
@@ -68,11 +85,29 @@ class Call(ops._Call):
         """Whether there are so many states that a step is best done by a matrix product (csrc/cuda/steps.cu)."""
         return bool(library.cuda().hmm_cuda_in_steps(ctypes.byref(self.problem), self.dtype.itemsize))
 
-    def products(self, workspace: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The arcs (N, N) that the workspace begins with; room for a message and for a product, (B, N)."""
+    def share(self, both_ends: bool) -> None:
+        """Chooses how a pass goes through time; a function of the shape, since the passes in steps must agree."""
+        _, time, num_states = self.shape
+        if both_ends and not self.time_varying and walk_both_ends(time, num_states, self.in_steps):
+            self.problem.sharing = library.BY_ENDS
+
+    @property
+    def steps(self) -> int:
+        """Products that follow each other."""
+        time = self.shape[1]
+        return (time + 1) // 2 if self.problem.sharing == library.BY_ENDS else time
+
+    def arcs(self, workspace: Tensor) -> Tensor:
+        """The arcs that the workspace begins with, (1, N, N); from both ends the transposed ones follow, (2, N, N)."""
+        num_states = self.shape[2]
+        arcs = workspace[: num_states**2 * self.dtype.itemsize].view(self.dtype).view(1, num_states, num_states)
+        return torch.cat([arcs, arcs.mT]) if self.problem.sharing == library.BY_ENDS else arcs
+
+    def room(self) -> tuple[Tensor, Tensor]:
+        """For the messages of a step and their products: each (1, B, N), from both ends (2, B, N)."""
         batch, _, num_states = self.shape
-        arcs = workspace[: num_states**2 * self.dtype.itemsize].view(self.dtype).view(num_states, num_states)
-        return arcs, self.empty(batch, num_states), self.empty(batch, num_states)
+        halves = 2 if self.problem.sharing == library.BY_ENDS else 1
+        return self.empty(halves, batch, num_states), self.empty(halves, batch, num_states)
 
 
 @contextlib.contextmanager
@@ -102,8 +137,9 @@ def _message(status: int) -> str:
     return f"CUDA error: {text}"
 
 
-def forward(initial, transition, emission, lengths, final):
+def forward(initial, transition, emission, lengths, final, both_ends=True):
     call = Call(initial, transition, emission, lengths, final)
+    call.share(both_ends)
     batch, time, _ = call.shape
     log_partition, alpha, norm = call.empty(batch), call.empty(*call.shape), call.empty(*call.shape)
     centre, method = call.empty(batch, time), call.empty(batch, dtype=torch.int32)
@@ -112,13 +148,13 @@ def forward(initial, transition, emission, lengths, final):
         if not call.in_steps:
             run("forward", log_partition, alpha, norm, centre, method, workspace)
         else:
-            arcs, message, product = call.products(workspace)
             run("steps_begin", alpha, centre, workspace)
+            arcs, (message, product) = call.arcs(workspace), call.room()
             with _full_precision(call.device.type):
-                for t in range(time):
-                    if t > 0:
-                        torch.mm(message, arcs, out=product)
-                    run("steps_forward", t, product, message, alpha, norm, workspace)
+                for step in range(call.steps):
+                    if step > 0:
+                        torch.bmm(message, arcs, out=product)
+                    run("steps_forward", step, product, message, alpha, norm, workspace)
             run("steps_end", log_partition, alpha, norm, centre, method, workspace)
     return log_partition, alpha, norm, centre, method
 
@@ -126,6 +162,7 @@ def forward(initial, transition, emission, lengths, final):
 def backward(grad, initial, transition, emission, lengths, final, log_partition, alpha, norm, centre, method, edges):
     call = Call(initial, transition, emission, lengths, final)
     grad, state, edge = grad.contiguous(), call.empty(*call.shape), call.empty(*(transition.shape if edges else (0,)))
+    call.share(both_ends=True)
     messages = (log_partition, alpha, norm, centre, method)
     outputs = (state, edge if edges else None)
     with call.on_stream() as run:
@@ -133,31 +170,34 @@ def backward(grad, initial, transition, emission, lengths, final, log_partition,
         if not call.in_steps:
             run("backward", grad, *messages, *outputs, workspace)
         else:
-            arcs, message, product = call.products(workspace)
-            run("steps_back_begin", centre, workspace)
+            message, product = call.room()
+            run("steps_back_begin", alpha, centre, method, message, workspace)
+            arcs = call.arcs(workspace).mT
             with _full_precision(call.device.type):
-                for t in reversed(range(call.shape[1])):
-                    if t < call.shape[1] - 1:
-                        torch.mm(message, arcs.T, out=product)
-                    run("steps_backward", t, grad, product, message, alpha, norm, method, state, workspace)
+                for step in range(call.steps):
+                    if step > 0 or len(arcs) > 1:
+                        torch.bmm(message, arcs, out=product)
+                    run("steps_backward", step, grad, product, message, alpha, norm, method, state, workspace)
             run("steps_back_end", grad, *messages, *outputs, workspace)
     return state, edge
 
 
 def viterbi(initial, transition, emission, lengths, final):
     call = Call(initial, transition, emission, lengths, final)
-    score, states = call.empty(call.shape[0]), call.empty(*call.shape[:2], dtype=torch.int64)
+    batch, time, num_states = call.shape
+    score, states = call.empty(batch), call.empty(batch, time, dtype=torch.int64)
+    delta, pointers = call.empty(batch, 2, num_states), call.empty(*call.shape, dtype=torch.int16)
     with call.on_stream() as run:
-        run("viterbi", score, call.empty(*call.shape, dtype=torch.int16), states)
+        run("viterbi", score, delta, pointers, states)
     return score, states
 
 
 def sample(initial, transition, emission, lengths, final, uniform):
-    log_partition, alpha, _, _, method = forward(initial, transition, emission, lengths, final)
+    log_partition, alpha, norm, _, method = forward(initial, transition, emission, lengths, final, both_ends=False)
     call = Call(initial, transition, emission, lengths, final)
     states = call.empty(*uniform.shape, dtype=torch.int64)
     with call.on_stream() as run:
-        run("sample", uniform.shape[0], log_partition, alpha, method, uniform.contiguous(), states)
+        run("sample", uniform.shape[0], log_partition, alpha, norm, method, uniform.contiguous(), states)
     return states
 
 

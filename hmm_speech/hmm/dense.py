@@ -8,7 +8,7 @@ from torch import Tensor
 from . import cuda as cuda  # registers the operators' kernels for GPUs
 from . import ops, reference
 from .chain import Chain
-from .library import CUDA_MOST_STATES, use_native
+from .library import CUDA_MOST_STATES, CUDA_MOST_STATES_VARYING, use_native
 
 
 class DenseChain(Chain):
@@ -22,10 +22,11 @@ class DenseChain(Chain):
         """The arguments of the operators and of the reference."""
         return self.initial, self.transition, self.emission, self.lengths, self.final
 
-    def native(self, operation: str) -> bool:
-        """Whether the operator of this name serves the chain."""
-        device = self.transition.device.type
-        return use_native(device, operation) and (device == "cpu" or self.num_states <= CUDA_MOST_STATES)
+    def native(self, operation: str, transition_axes: int | None = None) -> bool:
+        """Whether the operator of this name serves the chain, its transitions expanded to so many axes."""
+        device, axes = self.transition.device.type, transition_axes or self.transition.dim()
+        most = CUDA_MOST_STATES_VARYING if axes == 4 else CUDA_MOST_STATES
+        return use_native(device, operation) and (device == "cpu" or self.num_states <= most)
 
     def log_partition(self) -> Tensor:
         return ops.LogPartition.apply(*self.scores) if self.native("forward") else reference.log_partition(*self.scores)
@@ -63,7 +64,7 @@ class DenseChain(Chain):
             transition = per_sequence.expand(batch, max(time - 1, 0), num_states, num_states)
         ones = torch.ones(batch, dtype=transition.dtype, device=transition.device)
         scores = (initial, transition, emission, lengths, final)
-        if self.native("backward"):
+        if self.native("backward", transition.dim()):
             with torch.no_grad():
                 messages = torch.ops.hmm_speech.forward(*scores)
             return ops.Posterior.apply(ones, *scores, edges, *messages)

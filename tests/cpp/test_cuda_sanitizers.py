@@ -91,10 +91,16 @@ NOTICED_BY = {
     1: ("thread", "exercise_log_space"),  # a barrier removed
     2: ("address", "exercise_log_space"),  # an index off by one
     3: ("address", "exercise_log_space"),  # a wait for copies dropped: wrong numbers
+    4: ("thread", "exercise_log_space"),  # a barrier removed, done again: forward
+    5: ("thread", "exercise_log_space"),  # and backward
+    6: ("address", "exercise_log_space"),  # an index off by one, in the counts
     11: ("thread", "exercise"),  # a barrier removed, forward
     12: ("thread", "exercise"),  # a barrier removed, backward
     13: ("address", "exercise_steps"),  # an index off by one
     14: ("thread", "exercise_steps"),  # a shuffle instead of a barrier
+    15: ("thread", "exercise"),  # a barrier removed, where the halves meet
+    16: ("thread", "exercise"),  # and where they are joined
+    17: ("address", "exercise"),  # an index off by one, where the halves' counts meet
 }
 
 

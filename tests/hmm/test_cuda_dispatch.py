@@ -22,7 +22,7 @@ def test_what_has_kernels_on_a_gpu(with_kernels):
             assert not library.use_native("cuda", operation)
     with use_backend("reference"):
         assert not library.use_native("cuda", "forward")
-    assert "CUDA kernels for dense chains of up to 4096 states" in backend().detail
+    assert "CUDA kernels for dense chains of up to 8192 states" in backend().detail
 
 
 def test_without_kernels_for_gpus(monkeypatch):
@@ -56,11 +56,22 @@ def test_tensors_of_a_gpu_meet_operators_of_the_right_shapes(with_kernels, kind,
 
 
 def test_many_states_take_the_reference_on_a_gpu(with_kernels):
+    """Fewer, where transitions vary over time: as posteriors of all arcs do."""
     with FakeTensorMode():
-        initial, arcs, emission = (torch.zeros(shape, device="cuda") for shape in (5000, (5000, 5000), (1, 2, 5000)))
+        initial, arcs, emission = (torch.zeros(shape, device="cuda") for shape in (9000, (9000, 9000), (1, 2, 9000)))
         assert not HMM(initial, arcs, emission)._chain.native("forward")
-        assert HMM(initial[:4096], arcs[:4096, :4096], emission[..., :4096])._chain.native("forward")
         assert HMM(initial, arcs, emission).log_partition().shape == (1,)
+        for states, varying in ((8192, False), (5000, False), (4096, True)):
+            fewer = HMM(initial[:states], arcs[:states, :states], emission[..., :states])._chain
+            assert fewer.native("forward") and fewer.native("forward", 4) == varying
+        assert not HMM(initial[:5000], arcs[None, None, :5000, :5000], emission[..., :5000])._chain.native("forward")
+
+
+def test_both_ends_are_walked_where_that_saves_more_than_joining_them():
+    assert not cuda.walk_both_ends(1, 3, in_steps=False) and cuda.walk_both_ends(2, 50, in_steps=False)
+    assert not cuda.walk_both_ends(6, 128, in_steps=False) and cuda.walk_both_ends(8, 128, in_steps=False)
+    assert not cuda.walk_both_ends(20, 1024, in_steps=True) and cuda.walk_both_ends(40, 1024, in_steps=True)
+    assert not cuda.walk_both_ends(3000, 2049, in_steps=True)
 
 
 def test_messages_of_errors():

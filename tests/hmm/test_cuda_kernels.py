@@ -14,7 +14,7 @@ from tests.hmm.problems import INF, KINDS, doubled, problem, solve
 from tests.hmm.test_contract import left_to_right
 
 OPERATORS = ("forward", "backward", "viterbi", "sample")
-REDONE, LOG_SPACE = library.REDONE, 2
+REDONE, BOTH_ENDS = library.REDONE, 3  # enum hmm_method
 
 
 @pytest.fixture(scope="module")
@@ -93,14 +93,17 @@ def test_many_states(on_cpu, kind, states):
 
 @pytest.mark.parametrize("dtype, states", [(torch.float32, 131), (torch.float64, 99)])
 @pytest.mark.parametrize("forbidden", [0.0, 0.3])
-def test_a_matrix_product_a_step(on_cpu, monkeypatch, dtype, states, forbidden):
+@pytest.mark.parametrize("both_ends", [True, False])
+def test_a_matrix_product_a_step(on_cpu, monkeypatch, dtype, states, forbidden, both_ends):
     """Many states of shared transitions: lengths of all kinds, and products that autocast leaves be."""
+    if not both_ends:
+        monkeypatch.setattr(cuda, "_BOTH_ENDS_TO", 0)
     arguments = problem(5, 7, states, "shared", 2, dtype, forbidden=forbidden)
     arguments["lengths"] = torch.tensor([7, 0, 1, 5, 7])
     products = []
-    monkeypatch.setattr(torch, "mm", lambda *x, mm=torch.mm, **out: products.append(x) or mm(*x, **out))
+    monkeypatch.setattr(torch, "bmm", lambda *x, bmm=torch.bmm, **out: products.append(x) or bmm(*x, **out))
     compare(arguments)
-    assert len(products) == 12  # 6 forward, 6 backward
+    assert len(products) == (3 + 4 if both_ends else 6 + 6)  # forward, and backward
     scores = [arguments[k] for k in ("initial", "transition", "emission", "lengths", "final")]
     messages = cuda.forward(*scores)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -108,15 +111,45 @@ def test_a_matrix_product_a_step(on_cpu, monkeypatch, dtype, states, forbidden):
     assert all(torch.equal(messages[k], again[k]) for k in (0, 1, 3, 4))
 
 
-def test_a_state_that_flushes_among_many(on_cpu):
-    """Left-to-right chains with emissions 500 nats apart: a product would lose what wins later."""
-    states = 130
-    chain = left_to_right(states, 160, 500.0)
-    # Float32 messages some thousand nats apart are rounded by 6e-5, and so is the posterior of an arc (6e-5 was seen in
-    # a count of 4); those of states are normalised, and stay within the contract (test_left_to_right_chains).
-    compare(chain, marginals=3e-5)
+@pytest.mark.parametrize("kind", ["shared", "per-sequence"])
+@pytest.mark.parametrize("states", [40, 130])
+def test_a_state_that_flushes_among_many(on_cpu, kind, states):
+    """Left-to-right chains with emissions 500 nats apart: a product would lose what wins later, and float32 messages
+    some thousand nats apart would cost the posterior of an arc 6e-5."""
+    chain = left_to_right(states, states + 30, 500.0)
+    if kind == "per-sequence":
+        chain["transition"] = chain["transition"].repeat(chain["emission"].shape[0], 1, 1)
+    compare(chain)
     scores = [chain[k] for k in ("initial", "transition", "emission", "lengths", "final")]
-    assert (cuda.forward(*scores)[4] == LOG_SPACE).any()
+    assert (cuda.forward(*scores)[4] == REDONE).any()
+
+
+def test_thousands_of_states(on_cpu):
+    """Messages that shared memory does not hold twice."""
+    states, dtype = 4100, torch.float64
+    arguments = problem(1, 2, states, "shared", 2, dtype, lengths="full")
+    scores = [arguments[k] for k in ("initial", "transition", "emission", "lengths", "final")]
+    scores[3] = torch.tensor([2])
+    with use_backend("reference"):
+        exact = HMM(**doubled(arguments))
+        z, best, marginals = exact.log_partition(), exact.viterbi(), exact.marginals()
+    messages = cuda.forward(*scores)
+    torch.testing.assert_close(messages[0].double(), z, rtol=2e-6, atol=2e-6)
+    state, _ = cuda.backward(torch.ones(1, dtype=dtype), *scores, *messages, False)
+    torch.testing.assert_close(state.double(), marginals, rtol=0, atol=5e-6)
+    score, path = cuda.viterbi(*scores)
+    torch.testing.assert_close(score.double(), best.score, rtol=2e-6, atol=2e-6)
+    assert torch.equal(path, best.states)
+    uniform = torch.tensor([[[0.5, 0.3]]], dtype=dtype)
+    assert torch.equal(cuda.sample(*scores, uniform), reference.sample(*scores, uniform))
+
+
+def test_too_many_states_are_refused(on_cpu):
+    for states, kind in ((library.CUDA_MOST_STATES + 1, "shared"), (library.CUDA_MOST_STATES_VARYING + 1, "varying")):
+        transition = torch.zeros(()).expand(1, 1, states, states) if kind == "varying" else torch.zeros(states, states)
+        scores = torch.zeros(states), transition, torch.zeros(1, 2, states), torch.tensor([2]), None
+        with pytest.raises(RuntimeError, match=f"invalid argument.*N = .*{states}"):
+            cuda.viterbi(*scores)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 7, 8, 9, 17, 33])
@@ -161,7 +194,33 @@ def test_left_to_right_chains(on_cpu, gap, end):
     compare_best_path(arguments)
     scores = [arguments[k] for k in ("initial", "transition", "emission", "lengths", "final")]
     method = cuda.forward(*scores)[4]
-    assert not (method == REDONE).any() and (gap < 500 or (method == LOG_SPACE).any())
+    assert gap < 500 or (method == REDONE).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["shared", "per-sequence"])
+@pytest.mark.parametrize("time", [1, 2, 3, 4, 7, 13, 32])
+def test_halves_meet(on_cpu, kind, time, dtype):
+    """A sequence of every length, walked from both ends and from one: the same numbers, and samples from the latter."""
+    arguments = problem(time + 1, time, 11, kind, time, dtype, forbidden=0.2 if time % 2 else 0.0)
+    arguments["lengths"] = torch.arange(time + 1)
+    compare(arguments)
+    scores = [arguments[k] for k in ("initial", "transition", "emission", "lengths", "final")]
+    both, one = cuda.forward(*scores), cuda.forward(*scores, both_ends=False)
+    assert set(both[4].tolist()) <= {BOTH_ENDS if time > 1 else 0, REDONE} and set(one[4].tolist()) <= {0, REDONE}
+    torch.testing.assert_close(both[0], one[0], rtol=2e-6, atol=2e-6)
+    grad = torch.linspace(-1, 1.5, time + 1, dtype=dtype)
+    posteriors = [cuda.backward(grad, *scores, *x, True) for x in (both, one)]
+    for x, y in zip(*posteriors, strict=True):
+        torch.testing.assert_close(x, y, rtol=5e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [5.0, 20.0, 60.0, 200.0])
+@pytest.mark.parametrize("forbidden", [0.0, 0.4])
+def test_halves_that_meet_far_apart(on_cpu, scale, forbidden):
+    """Each half wants other states than the other one: what their product keeps must be enough."""
+    for seed in range(3):
+        compare(problem(6, 11, 5, "shared", seed, torch.float32, scale=scale, forbidden=forbidden, lengths="full"))
 
 
 def test_a_flushed_state_that_wins_later(on_cpu):
@@ -177,7 +236,7 @@ def test_mixing_chains_stay_scaled(on_cpu):
     arguments["transition"] = arguments["transition"].log_softmax(-1)
     compare(arguments)
     scores = [arguments[k] for k in ("initial", "transition", "emission", "lengths", "final")]
-    assert (cuda.forward(*scores)[4] == 0).all()
+    assert (cuda.forward(*scores)[4] == BOTH_ENDS).all() and (cuda.forward(*scores, both_ends=False)[4] == 0).all()
 
 
 @pytest.mark.parametrize("kind", ["shared", "per-sequence"])

@@ -101,27 +101,31 @@ template <class Real> struct Exercise {
   void run() {
     using F = Functions<Real>;
     const double tolerance = F::tolerance;
-    std::vector<Real> log_partition(B), alpha(B * T * N), norm(B * T * N), centre(B * T), state(B * T * N), edge(transition.size());
+    hmm_problem halves = p;  // samples are drawn from messages of whole sequences
+    halves.sharing = HMM_BY_ENDS;
+    std::vector<Real> log_partition(B), whole(B), alpha(B * T * N), norm(B * T * N), centre(B * T), state(B * T * N), edge(transition.size());
     std::vector<int32_t> method(B);
     const auto workspace = [&](int pass) { return std::vector<double>((hmm_cuda_workspace(&p, sizeof(Real), pass) + 7) / 8); };
     std::vector<double> room = workspace(HMM_CUDA_FORWARD);
-    CHECK(F::forward(&p, log_partition.data(), alpha.data(), norm.data(), centre.data(), method.data(), room.data(), nullptr) == HMM_OK);
+    CHECK(F::forward(&halves, log_partition.data(), alpha.data(), norm.data(), centre.data(), method.data(), room.data(), nullptr) == HMM_OK);
     room = workspace(HMM_CUDA_BACKWARD);
     CHECK(F::backward(&p, grad.data(), log_partition.data(), alpha.data(), norm.data(), centre.data(), method.data(), state.data(),
                       edge.data(), room.data(), nullptr) == HMM_OK);
     const int64_t S = 2;
-    std::vector<Real> score(B), uniform(S * B * T);
+    std::vector<Real> score(B), delta(2 * B * N), uniform(S * B * T);
     std::vector<int16_t> pointers(B * T * N);
     std::vector<int64_t> states(B * T), drawn(S * B * T);
     std::uniform_real_distribution<double> unit;
     for (Real &u : uniform) u = std::min(Real(unit(random)), Real(0.999));
-    CHECK(F::viterbi(&p, score.data(), pointers.data(), states.data(), nullptr) == HMM_OK);
-    CHECK(F::sample(&p, S, log_partition.data(), alpha.data(), method.data(), uniform.data(), drawn.data(), nullptr) == HMM_OK);
+    CHECK(F::viterbi(&p, score.data(), delta.data(), pointers.data(), states.data(), nullptr) == HMM_OK);
+    room = workspace(HMM_CUDA_FORWARD);
+    CHECK(F::forward(&p, whole.data(), alpha.data(), norm.data(), centre.data(), method.data(), room.data(), nullptr) == HMM_OK);
+    CHECK(F::sample(&p, S, log_partition.data(), alpha.data(), norm.data(), method.data(), uniform.data(), drawn.data(), nullptr) == HMM_OK);
 
     std::vector<double> expected_edge(edge.size());
     for (int64_t b = 0; b < B; b++) {
       const Exact e = exact(b);
-      close(double(log_partition[b]), e.log_partition, tolerance);
+      close(double(log_partition[b]), e.log_partition, tolerance), close(double(whole[b]), e.log_partition, tolerance);
       close(double(score[b]), e.best, tolerance);
       const bool feasible = e.log_partition > kNever;
       for (int64_t t = 0; t < T; t++)

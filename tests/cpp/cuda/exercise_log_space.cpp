@@ -1,7 +1,11 @@
-// Executes log_space.cu, viterbi.cu and sample.cu on the CPU, on exact-sized heap arrays, and compares with plain recursions
+// Executes log_space.cu, redo.cu, viterbi.cu and sample.cu on the CPU, on exact-sized heap arrays, and compares with plain recursions
 // in float64. Built with -DHMM_ON_CPU (on_cpu.h); an argument adds 100,000 frames, which takes too long under sanitizers.
+#include <algorithm>
+
 #include "../exercise.h"
+#include "counts.cu"
 #include "log_space.cu"
+#include "redo.cu"
 #include "sample.cu"
 #include "viterbi.cu"
 
@@ -121,6 +125,28 @@ template <class Real> struct Reference {
   }
 };
 
+// What interface.cu does for sequences that no scaled sweep takes; edges that are summed over time are added to.
+template <class Real>
+int forward_pass(const hmm_problem &p, bool all, Real *z, Real *alpha, Real *norm, Real *centre, int32_t *method) {
+  if (p.time_varying) return hmm::log_space_forward<Real>(p, z, alpha, norm, centre, method, nullptr);
+  return p.batch ? hmm::redo_forward<Real>(p, all, z, alpha, norm, centre, method, nullptr) : HMM_OK;
+}
+template <class Real>
+int backward_pass(const hmm_problem &p, const Real *grad, const Real *z, const Real *alpha, const Real *norm, const Real *centre,
+                  const int32_t *method, Real *state, Real *edge) {
+  if (p.time_varying) return hmm::log_space_backward<Real>(p, grad, z, alpha, norm, centre, state, edge, nullptr);
+  if (p.batch == 0) return HMM_OK;
+  const int status = hmm::redo_backward<Real>(p, grad, z, alpha, norm, centre, method, state, nullptr);
+  if (status || !edge || p.time == 0) return status;
+  const size_t size = size_t((p.transition_batch_stride ? p.batch : 1) * p.states * p.states), all = size_t(hmm::count_blocks(p) * p.states * p.states);
+  std::vector<Real> blocks(all);
+  std::copy_n(edge, size, blocks.begin());
+  CHECK(hmm::redo_counts<Real>(p, alpha, norm, centre, method, state, blocks.data(), nullptr) == HMM_OK);
+  std::fill_n(edge, size, Real(0));
+  for (size_t k = 0; k < all; k++) edge[k % size] += blocks[k];
+  return HMM_OK;
+}
+
 bool close(double found, double expected, double tolerance) {
   return found == expected || std::fabs(found - expected) <= tolerance;
 }
@@ -138,8 +164,8 @@ template <class Real> struct Exercise {
       : q(given), z(c.B), alpha(frames * N, 77), norm(frames * N, 77), centre(frames, 77), method(c.B, -1) {
     for (int b = 0; b < c.B; b++) expected.emplace_back(q, b);
     forward();
-    for (int together : {1, 3}) backward(together, true);
-    backward(2, false);
+    backward(true);
+    backward(false);
     viterbi();
     sample(false);
     if (c.kind != kTimeVarying && c.forbidden == 0) sample(true);
@@ -151,9 +177,9 @@ template <class Real> struct Exercise {
   }
 
   void forward() {
-    CHECK(hmm::log_space_forward<Real>(q.p, false, z.data(), alpha.data(), norm.data(), centre.data(), method.data(), nullptr) == HMM_OK);
+    CHECK(forward_pass(q.p, true, z.data(), alpha.data(), norm.data(), centre.data(), method.data()) == HMM_OK);
     for (int b = 0; b < c.B; b++) {
-      CHECK(method[b] == HMM_LOG_SPACE);
+      CHECK(method[b] == (c.kind == kTimeVarying ? HMM_LOG_SPACE : HMM_REDONE));
       check_z(b);
       for (int t = 0; t < c.T; t++) {
         double top = kNever, sum = 0;
@@ -162,51 +188,52 @@ template <class Real> struct Exercise {
           top = std::fmax(top, double(alpha[k])), sum += std::fabs(double(norm[k]));
           CHECK(t < q.lengths[b] || (alpha[k] == 0 && norm[k] == 0 && centre[k / N] == 0));
         }
-        if (expected[b].z > kNever && t < q.lengths[b]) CHECK(top == 0);
+        const double spacing = c.kind == kTimeVarying ? 0 : 1e-6 * std::fabs(double(centre[size_t(b) * c.T + t]));
+        if (expected[b].z > kNever && t < q.lengths[b]) CHECK(std::fabs(top) <= spacing);
       }
     }
     std::vector<Real> z_again(c.B, 77), alpha_again(frames * N, 77), norm_again(frames * N, 77), centre_again(frames, 77);
     std::vector<int32_t> mixed(c.B);
     for (int b = 0; b < c.B; b++) mixed[b] = b % 2 ? HMM_REDONE : HMM_SCALED;
-    CHECK(hmm::log_space_forward<Real>(q.p, true, z_again.data(), alpha_again.data(), norm_again.data(), centre_again.data(), mixed.data(), nullptr) == HMM_OK);
+    if (c.kind == kTimeVarying) return;
+    CHECK(forward_pass(q.p, false, z_again.data(), alpha_again.data(), norm_again.data(), centre_again.data(), mixed.data()) == HMM_OK);
     for (int b = 0; b < c.B; b++) {
-      CHECK(mixed[b] == (b % 2 ? HMM_LOG_SPACE : HMM_SCALED));
+      CHECK(mixed[b] == (b % 2 ? HMM_REDONE : HMM_SCALED));
       CHECK(z_again[b] == (b % 2 ? z[b] : Real(77)));
       for (size_t k = 0; k < c.T * N; k++) CHECK(alpha_again[b * c.T * N + k] == (b % 2 ? alpha[b * c.T * N + k] : Real(77)));
     }
   }
 
-  void backward(int together, bool edges) {
-    const size_t groups = (c.B + together - 1) / together, blocks = c.kind == kTimeVarying ? c.B * steps : groups;
-    std::vector<Real> state(frames * N, 77), edge(edges ? blocks * N * N : 0, c.kind == kTimeVarying ? Real(77) : Real(.5));
+  void backward(bool edges) {
+    const bool varies = c.kind == kTimeVarying;
+    const size_t blocks = varies ? c.B * steps : c.kind == kShared ? 1 : c.B;
+    std::vector<Real> state(frames * N, 77), edge(edges ? blocks * N * N : 0, varies ? Real(77) : Real(.5));
     std::vector<int32_t> some = method;
-    if (c.B > 6) some[6] = HMM_SCALED;
-    CHECK(hmm::log_space_backward<Real>(q.p, together, q.grad.data(), z.data(), alpha.data(), norm.data(), centre.data(), some.data(),
-                                        state.data(), edges ? edge.data() : nullptr, nullptr) == HMM_OK);
-    std::vector<double> sums(edge.size(), c.kind == kTimeVarying ? 0 : .5);
-    std::vector<double> share(edge.size(), 0);
+    if (c.B > 6 && !varies) some[6] = HMM_SCALED;
+    CHECK(backward_pass(q.p, q.grad.data(), z.data(), alpha.data(), norm.data(), centre.data(), some.data(), state.data(),
+                        edges ? edge.data() : nullptr) == HMM_OK);
+    std::vector<double> sums(edge.size(), varies ? 0 : .5);
     for (int b = 0; b < c.B; b++) {
+      const bool done = varies || some[b] == HMM_REDONE;
       const double g = double(q.grad[b]);
       for (int t = 0; t < c.T; t++)
         for (size_t i = 0; i < N; i++) {
           const Real found = state[(size_t(b) * c.T + t) * N + i];
-          if (some[b] != HMM_LOG_SPACE) CHECK(found == 77);
-          if (some[b] == HMM_LOG_SPACE) CHECK(close(double(found), t < q.lengths[b] ? g * expected[b].state(t, int(i)) : 0, wide * std::fmin(1, std::fabs(g)) * 1.5));
+          if (!done) CHECK(found == 77);
+          if (done) CHECK(close(double(found), t < q.lengths[b] ? g * expected[b].state(t, int(i)) : 0, wide * std::fmin(1, std::fabs(g)) * 1.5));
         }
-      for (int t = 1; edges && t < q.lengths[b] && some[b] == HMM_LOG_SPACE; t++)
+      for (int t = 1; edges && t < q.lengths[b] && done; t++)
         for (size_t k = 0; k < N * N; k++)
-          sums[(c.kind == kTimeVarying ? b * steps + t - 1 : b / together) * N * N + k] += g * expected[b].edge(t, int(k / N), int(k % N));
-      if (c.kind == kTimeVarying && some[b] != HMM_LOG_SPACE)
-        for (size_t k = 0; edges && k < steps * N * N; k++) sums[b * steps * N * N + k] = 77;
+          sums[(varies ? b * steps + t - 1 : blocks == 1 ? 0 : b) * N * N + k] += g * expected[b].edge(t, int(k / N), int(k % N));
     }
-    for (size_t k = 0; k < edge.size(); k++) CHECK(close(double(edge[k]), sums[k], wide * (c.kind == kTimeVarying ? 1.5 : 1.5 * c.T)));
+    for (size_t k = 0; k < edge.size(); k++) CHECK(close(double(edge[k]), sums[k], wide * (varies ? 1.5 : 1.5 * c.T)));
   }
 
   void viterbi() {
-    std::vector<Real> score(c.B);
+    std::vector<Real> score(c.B), delta(2 * c.B * N);
     std::vector<int16_t> pointers(frames * N);
     std::vector<int64_t> states(frames, 77);
-    CHECK(hmm::viterbi<Real>(q.p, score.data(), pointers.data(), states.data(), nullptr) == HMM_OK);
+    CHECK(hmm::viterbi<Real>(q.p, score.data(), delta.data(), pointers.data(), states.data(), nullptr) == HMM_OK);
     for (int b = 0; b < c.B; b++) {
       const double e = expected[b].score, tolerance = (sizeof(Real) == 4 ? 2e-6 : 1e-13) * (1 + std::fabs(e));
       CHECK(close(double(score[b]), e, tolerance));
@@ -226,7 +253,7 @@ template <class Real> struct Exercise {
   void sample(bool scaled) {
     const int S = c.samples;
     std::vector<Real> uniform(S * frames), messages = alpha;
-    std::vector<int32_t> how(c.B, scaled ? HMM_SCALED : HMM_LOG_SPACE);
+    std::vector<int32_t> how(c.B, scaled ? HMM_SCALED : method.empty() ? 0 : method[0]);
     std::vector<int64_t> states(S * frames, 77);
     std::mt19937 random(7);
     std::uniform_real_distribution<double> draws;
@@ -234,7 +261,7 @@ template <class Real> struct Exercise {
     if (!uniform.empty()) uniform[0] = 0, uniform.back() = Real(1) - std::numeric_limits<Real>::epsilon();
     if (scaled)
       for (Real &a : messages) a = std::exp(a) * Real(1 << 20);
-    CHECK(hmm::sample<Real>(q.p, S, z.data(), messages.data(), how.data(), uniform.data(), states.data(), nullptr) == HMM_OK);
+    CHECK(hmm::sample<Real>(q.p, S, z.data(), messages.data(), norm.data(), how.data(), uniform.data(), states.data(), nullptr) == HMM_OK);
     for (int s = 0; s < S; s++)
       for (int b = 0; b < c.B; b++) {
         const int L = expected[b].z > kNever ? int(q.lengths[b]) : 0;
@@ -286,14 +313,14 @@ template <class Real> void invalid(Real value, bool in_arcs) {
       if (v != v) v = 0;
   if (in_arcs) q.transition[3 * 25 + 1 * 25 + 7] = value;  // sequence 1
   else q.emission[20 + 12] = value;
-  std::vector<Real> z(3), alpha(60), norm(60), centre(12), state(60), edge(9 * 25), score(3);
+  std::vector<Real> z(3), alpha(60), norm(60), centre(12), state(60), edge(9 * 25), score(3), delta(30);
   const std::vector<Real> grad(3, 1);
   std::vector<int32_t> method(3);
   std::vector<int16_t> pointers(60);
   std::vector<int64_t> states(12);
-  CHECK(hmm::log_space_forward<Real>(q.p, false, z.data(), alpha.data(), norm.data(), centre.data(), method.data(), nullptr) == HMM_OK);
-  CHECK(hmm::log_space_backward<Real>(q.p, 1, grad.data(), z.data(), alpha.data(), norm.data(), centre.data(), method.data(), state.data(), edge.data(), nullptr) == HMM_OK);
-  CHECK(hmm::viterbi<Real>(q.p, score.data(), pointers.data(), states.data(), nullptr) == HMM_OK);
+  CHECK(forward_pass<Real>(q.p, true, z.data(), alpha.data(), norm.data(), centre.data(), method.data()) == HMM_OK);
+  CHECK(backward_pass<Real>(q.p, grad.data(), z.data(), alpha.data(), norm.data(), centre.data(), method.data(), state.data(), edge.data()) == HMM_OK);
+  CHECK(hmm::viterbi<Real>(q.p, score.data(), delta.data(), pointers.data(), states.data(), nullptr) == HMM_OK);
   for (int k = 0; k < 60; k++) CHECK(std::isfinite(state[k]) == (k / 20 != 1));
   for (int k = 0; k < 9 * 25; k++) CHECK(std::isfinite(edge[k]) == (k / 75 != 1));
   for (int b = 0; b < 3; b++) CHECK(std::isnan(z[b]) == (b == 1) && std::isnan(score[b]) == (b == 1) && (states[b * 4] == -1) == (b == 1));
@@ -307,13 +334,14 @@ template <class Real> void invalid_sum() {
   std::vector<Real> z(3), alpha(81), norm(81), centre(9), state(81), edge(81);
   const std::vector<Real> grad(3, 1);
   std::vector<int32_t> method(3);
-  CHECK(hmm::log_space_forward<Real>(q.p, false, z.data(), alpha.data(), norm.data(), centre.data(), method.data(), nullptr) == HMM_OK);
-  CHECK(hmm::log_space_backward<Real>(q.p, 3, grad.data(), z.data(), alpha.data(), norm.data(), centre.data(), method.data(), state.data(), edge.data(), nullptr) == HMM_OK);
+  CHECK(forward_pass<Real>(q.p, true, z.data(), alpha.data(), norm.data(), centre.data(), method.data()) == HMM_OK);
+  CHECK(backward_pass<Real>(q.p, grad.data(), z.data(), alpha.data(), norm.data(), centre.data(), method.data(), state.data(), edge.data()) == HMM_OK);
   for (int k = 0; k < 81; k++) CHECK(std::isnan(edge[k]) && std::isnan(state[k]) == (k / 27 == 1));
 }
 
 template <class Real> void large() {
   Exercise<Real>({.B = 1, .T = 2, .N = 515, .kind = kTimeVarying, .shift = 1, .samples = 1});
+  if (!kSlow) Exercise<Real>({.B = 1, .T = 2, .N = 1030, .kind = kShared, .samples = 1});  // more than a tile of messages
 }
 
 }  // namespace

@@ -25,13 +25,14 @@ template <class Real> struct Steps;
 STEPS(f32, float)
 STEPS(f64, double)
 
-// product = message A, or message A^T.
+// product = message A, or message A^T; of the second half, if there is one, by the other of the two.
 template <class Real>
 void multiply(const std::vector<Real> &message, const Real *arcs, bool transposed, int64_t B, int64_t N, std::vector<Real> &product) {
-  for (int64_t b = 0; b < B; b++)
+  for (int64_t b = 0; b < int64_t(message.size()) / N; b++)
     for (int64_t j = 0; j < N; j++) {
       double sum = 0;
-      for (int64_t i = 0; i < N; i++) sum += double(message[b * N + i]) * double(transposed ? arcs[j * N + i] : arcs[i * N + j]);
+      for (int64_t i = 0; i < N; i++)
+        sum += double(message[b * N + i]) * double(transposed != (b >= B) ? arcs[j * N + i] : arcs[i * N + j]);
       product[b * N + j] = Real(sum);
     }
 }
@@ -43,52 +44,78 @@ template <class Real> struct Passes {
       : log_partition(B), alpha(B * T * N), norm(B * T * N), centre(B * T), state(B * T * N), edge(N * N), method(B) {}
 };
 
+template <class Real> struct Exercise {
+  using F = Steps<Real>;
+  int64_t N, B = 3, T = kFrames;
+  std::mt19937 random{unsigned(N)};
+  std::vector<Real> initial, transition, emission, final, grad;
+  std::vector<int64_t> lengths = {T, 0, T - 1};
+  hmm_problem p = {};
+  std::vector<double> room;
+
+  Exercise(int64_t states, double forbidden, double scale) : N(states) {
+    RandomScores<Real> scores{random, scale, forbidden}, allowed{random, 1, 0};
+    initial = allowed(N), transition = scores(N * N), emission = allowed(B * T * N), final = allowed(N), grad = allowed(B);
+    p.batch = B, p.time = T, p.states = N, p.threads = 1;
+    p.initial = initial.data(), p.transition = transition.data(), p.emission = emission.data(), p.final = final.data();
+    p.lengths = lengths.data();
+    CHECK(hmm_cuda_in_steps(&p, sizeof(Real)) == 1);
+  }
+
+  void *workspace(int pass) {
+    room.assign(hmm_cuda_workspace(&p, sizeof(Real), pass) / 8 + 1, 0);
+    return room.data();
+  }
+
+  Passes<Real> in_steps(bool both_ends) {
+    p.sharing = both_ends ? HMM_BY_ENDS : HMM_BY_SEQUENCES;
+    const int64_t steps = both_ends ? (T + 1) / 2 : T, halves = both_ends ? 2 : 1;
+    Passes<Real> x(B, T, N);
+    std::vector<Real> product(halves * B * N), message(halves * B * N);
+    const auto arcs = [&] { return reinterpret_cast<const Real *>(room.data()); };
+    void *w = workspace(HMM_CUDA_FORWARD);
+    CHECK(F::begin(&p, x.alpha.data(), x.centre.data(), w, nullptr) == HMM_OK);
+    for (int64_t s = 0; s < steps; s++) {
+      if (s) multiply(message, arcs(), false, B, N, product);
+      CHECK(F::step(&p, s, product.data(), message.data(), x.alpha.data(), x.norm.data(), w, nullptr) == HMM_OK);
+    }
+    CHECK(F::end(&p, x.log_partition.data(), x.alpha.data(), x.norm.data(), x.centre.data(), x.method.data(), w, nullptr) == HMM_OK);
+    w = workspace(HMM_CUDA_BACKWARD);
+    CHECK(F::back_begin(&p, x.alpha.data(), x.centre.data(), x.method.data(), message.data(), w, nullptr) == HMM_OK);
+    for (int64_t s = 0; s < steps; s++) {
+      if (s || both_ends) multiply(message, arcs(), true, B, N, product);
+      CHECK(F::back(&p, s, grad.data(), product.data(), message.data(), x.alpha.data(), x.norm.data(), x.method.data(), x.state.data(), w,
+                    nullptr) == HMM_OK);
+    }
+    CHECK(F::back_end(&p, grad.data(), x.log_partition.data(), x.alpha.data(), x.norm.data(), x.centre.data(), x.method.data(),
+                      x.state.data(), x.edge.data(), w, nullptr) == HMM_OK);
+    return x;
+  }
+
+  Passes<Real> in_log_space() {
+    Passes<Real> x(B, T, N);
+    CHECK(F::forward(&p, x.log_partition.data(), x.alpha.data(), x.norm.data(), x.centre.data(), x.method.data(),
+                     workspace(HMM_CUDA_FORWARD), nullptr) == HMM_OK);
+    CHECK(F::backward(&p, grad.data(), x.log_partition.data(), x.alpha.data(), x.norm.data(), x.centre.data(), x.method.data(),
+                      x.state.data(), x.edge.data(), workspace(HMM_CUDA_BACKWARD), nullptr) == HMM_OK);
+    return x;
+  }
+};
+
 template <class Real> void exercise(int64_t N, double forbidden, double scale) {
   using F = Steps<Real>;
-  const int64_t B = 3, T = kFrames;
-  std::mt19937 random{unsigned(N)};
-  RandomScores<Real> scores{random, scale, forbidden};
-  RandomScores<Real> allowed{random, 1, 0};
-  const std::vector<Real> initial = allowed(N), transition = scores(N * N), emission = allowed(B * T * N), final = allowed(N), grad = allowed(B);
-  const std::vector<int64_t> lengths = {T, 0, T - 1};
-  hmm_problem p = {};
-  p.batch = B, p.time = T, p.states = N, p.threads = 1;
-  p.initial = initial.data(), p.transition = transition.data(), p.emission = emission.data(), p.final = final.data();
-  p.lengths = lengths.data();
-  CHECK(hmm_cuda_in_steps(&p, sizeof(Real)) == 1);
-  const auto workspace = [&](int pass) { return std::vector<double>(hmm_cuda_workspace(&p, sizeof(Real), pass) / 8 + 1); };
-
-  Passes<Real> steps(B, T, N), log_space(B, T, N);
-  std::vector<double> room = workspace(HMM_CUDA_FORWARD);
-  std::vector<Real> product(B * N), message(B * N);
-  const auto arcs = [&] { return reinterpret_cast<const Real *>(room.data()); };
-  CHECK(F::begin(&p, steps.alpha.data(), steps.centre.data(), room.data(), nullptr) == HMM_OK);
-  for (int64_t t = 0; t < T; t++) {
-    if (t) multiply(message, arcs(), false, B, N, product);
-    CHECK(F::step(&p, t, product.data(), message.data(), steps.alpha.data(), steps.norm.data(), room.data(), nullptr) == HMM_OK);
-  }
-  CHECK(F::end(&p, steps.log_partition.data(), steps.alpha.data(), steps.norm.data(), steps.centre.data(), steps.method.data(), room.data(), nullptr) == HMM_OK);
-  room = workspace(HMM_CUDA_BACKWARD);
-  CHECK(F::back_begin(&p, steps.centre.data(), room.data(), nullptr) == HMM_OK);
-  for (int64_t t = T - 1; t >= 0; t--) {
-    if (t < T - 1) multiply(message, arcs(), true, B, N, product);
-    CHECK(F::back(&p, t, grad.data(), product.data(), message.data(), steps.alpha.data(), steps.norm.data(), steps.method.data(), steps.state.data(), room.data(), nullptr) == HMM_OK);
-  }
-  CHECK(F::back_end(&p, grad.data(), steps.log_partition.data(), steps.alpha.data(), steps.norm.data(), steps.centre.data(), steps.method.data(), steps.state.data(), steps.edge.data(), room.data(), nullptr) == HMM_OK);
-
-  Passes<Real> &x = log_space;
-  room = workspace(HMM_CUDA_FORWARD);
-  CHECK(F::forward(&p, x.log_partition.data(), x.alpha.data(), x.norm.data(), x.centre.data(), x.method.data(), room.data(), nullptr) == HMM_OK);
-  room = workspace(HMM_CUDA_BACKWARD);
-  CHECK(F::backward(&p, grad.data(), x.log_partition.data(), x.alpha.data(), x.norm.data(), x.centre.data(), x.method.data(), x.state.data(), x.edge.data(), room.data(), nullptr) == HMM_OK);
+  Exercise<Real> e(N, forbidden, scale);
+  const Passes<Real> x = e.in_log_space();
   const auto close = [](const std::vector<Real> &found, const std::vector<Real> &wanted) {
     for (size_t k = 0; k < wanted.size(); k++)
       CHECK(std::fabs(double(found[k]) - double(wanted[k])) <= F::tolerance * (1 + std::fabs(double(wanted[k]))));
   };
-  close(steps.log_partition, x.log_partition);
-  close(steps.state, x.state);
-  close(steps.edge, x.edge);
-  for (int64_t b = 0; b < B; b++) CHECK(steps.method[b] == (scale < 100 ? HMM_SCALED : b == 1 ? HMM_SCALED : HMM_LOG_SPACE));
+  for (bool both_ends : {false, true}) {
+    const Passes<Real> steps = e.in_steps(both_ends);
+    close(steps.log_partition, x.log_partition), close(steps.state, x.state), close(steps.edge, x.edge);
+    const int32_t kept = both_ends ? HMM_BOTH_ENDS : HMM_SCALED;
+    for (int64_t b = 0; b < e.B; b++) CHECK(steps.method[b] == (scale < 100 || e.lengths[b] == 0 ? kept : HMM_REDONE));
+  }
 }
 
 }  // namespace

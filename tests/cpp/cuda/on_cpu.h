@@ -82,7 +82,7 @@ using std::min;
 namespace on_cpu {
 
 constexpr size_t kStack = 64 * 1024, kRedZone = 64, kMostArrays = 64, kMostStacks = 6000;
-inline int shared_memory_limit = 99 * 1024;  // of the device that is imitated
+inline int shared_memory_limit = 64 * 1024;  // of a block: what sm_75 has, the least of all
 
 template <class... Numbers> [[noreturn]] void fail(const char *format, Numbers... numbers) {
   fprintf(stderr, "on_cpu: ");
