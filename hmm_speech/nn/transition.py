@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -13,14 +15,37 @@ from hmm_speech.nn.topology import AnyTopology, ClonedTopology
 class TransitionTable(LogTable):
     """One free number an arc.
 
+    With ``skip``, every substate that has one between itself and a later one leaves that out with a probability of
+    ``skip``, which is not learned: p(i -> i + 2) = skip, and the arcs of the table share 1 - skip. Chains of three then
+    last two frames at a price (the skips of a Bakis model: Bakis 1976). Learned, skips become as frequent as any arc.
+
     Between cloned states, ``prior`` holds the bigram of units once training has begun (``ClusterInitialisation`` sets
     it): what EM draws the table to.
+
+    Raises:
+        UserError: skip is no probability below 1, or there are no chains of three substates.
     """
 
-    def __init__(self, topology: AnyTopology) -> None:
+    def __init__(self, topology: AnyTopology, skip: float = 0.0) -> None:
         super().__init__(topology.num_states, topology.num_states, allowed=topology.arcs())
+        if not 0 <= skip < 1:
+            raise UserError(f"transition.skip is {skip!r}; expected a probability of at least 0 and less than 1")
+        if skip and getattr(topology, "substates", 1) < 3:
+            raise UserError(
+                f"transition.skip is {skip}, but {topology} have no substate to leave out; expected 3 or more"
+            )
+        self.skip = skip
+        if skip:
+            label, substate = topology.factors()
+            skips = (label == label[:, None]) & (substate == substate[:, None] + 2)
+            self.register_buffer("skips", skips, persistent=False)
+            self.register_buffer("rest", skips.any(-1, keepdim=True) * math.log1p(-skip), persistent=False)
         if isinstance(topology, ClonedTopology):
             self.prior = torch.zeros(topology.num_states, topology.num_states)
+
+    def forward(self) -> Tensor:
+        table = super().forward()
+        return torch.where(self.skips, math.log(self.skip), table + self.rest) if self.skip else table
 
 
 class TransitionNetwork(nn.Module):

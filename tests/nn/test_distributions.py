@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from hmm_speech.errors import UserError
+from hmm_speech.hmm import HMM
 from hmm_speech.nn import (
     CategoricalEmission,
     EmissionNetwork,
@@ -33,6 +35,33 @@ def test_transitions_and_starts_are_normalised_and_stay_in_the_topology(topology
     initial = InitialTable(topology)()
     torch.testing.assert_close(initial.exp().sum(), torch.tensor(1.0))
     assert torch.equal(initial > -torch.inf, topology.starts())
+
+
+@pytest.mark.parametrize("substates", [3, 5])
+def test_skips_have_their_probability_and_em_counts_what_is_left(substates: int) -> None:
+    topology = Topology(2, substates)
+    table = TransitionTable(topology, skip=0.1)
+    scores = table().exp().detach()
+    torch.testing.assert_close(scores.sum(-1), torch.ones(topology.num_states))
+    for state in range(topology.num_states):
+        if state % substates < substates - 2:
+            assert scores[state, state + 2] == pytest.approx(0.1)
+    skips = sum(substates - 2 for _ in range(2))
+    assert int((scores > 0).sum()) == int(topology.arcs().sum()) + skips
+    assert table.logits.isfinite().sum() == topology.arcs().sum()
+
+    table.counting = True
+    initial, emission = InitialTable(topology)().detach(), torch.randn(1, 9, topology.num_states)
+    counts = HMM(initial, table().detach(), emission).transition_counts()[0]
+    HMM(initial, table(), emission).log_partition().sum().backward()
+    torch.testing.assert_close(table.logits.grad, torch.where(topology.arcs(), counts, 0.0))
+
+
+def test_skips_that_cannot_be_are_refused() -> None:
+    with pytest.raises(UserError, match=r"transition\.skip is 1; expected a probability"):
+        TransitionTable(CHAIN, skip=1)
+    with pytest.raises(UserError, match=r"transition\.skip is 0\.1, but 4 labels x 2 states have no substate"):
+        TransitionTable(Topology(4, 2), skip=0.1)
 
 
 @pytest.mark.parametrize("part", [0, 1])
