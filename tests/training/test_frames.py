@@ -45,7 +45,13 @@ def trained(script, tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("frames")
     units, run = folder / "units.parquet", folder / "run"
     write_units(sample_corpus(60, 40, 12, 4, numbers=3, seed=0), units)
-    overrides = ["recipes=flite/frames", f"data.path={units}", "topology.labels=4", "topology.substates=2"]
+    overrides = [
+        "recipes=flite/frames",
+        f"data.path={units}",
+        "transition=table",
+        "topology.labels=4",
+        "topology.substates=2",
+    ]
     overrides += ["trainer.max_epochs=4", "trainer.enable_progress_bar=false", "callbacks.progress=null"]
     run.mkdir()
     script.train(plain(composed(run, *overrides)), run)
