@@ -145,6 +145,7 @@ def figure(rows: Sequence[Row], path: Path) -> None:
         if frames := values(rows, FRAMES, None, key):
             axes.axhline(np.mean(frames), color="grey", linestyle=":", label=FRAMES)
         axes.set(title=MEASURES[key].title, xlabel="hop", xticks=hops)
-    drawing.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    handles = {label: x for axes in panels for x, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    drawing.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5)
     with atomic_path(path) as beside:
         drawing.savefig(beside, dpi=120, format="png")
