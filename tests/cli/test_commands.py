@@ -168,7 +168,7 @@ def test_units_of_another_quantizer_are_refused(tmp_path):
     corpus.made["quantizer"] = "aaaa"
     write_units(corpus, tmp_path / "units.parquet")
     for known, refused in (("bbbb", True), ("aaaa", False), (None, False)):
-        model = SimpleNamespace(hparams={"quantizer": known, "vocabulary": 7}, emission=None, context=None)
+        model = SimpleNamespace(hparams={"quantizer": known, "vocabulary": 7}, emission=object(), context=None)
         model.hparams = type("Values", (dict,), {"__getattr__": dict.__getitem__})(model.hparams)
         if refused:
             with pytest.raises(UserError, match=r"made by quantizer aaaa, .* by bbbb"):
