@@ -5,12 +5,14 @@ Shapes: B utterances, T frames, N states, K clones of a unit at most, M states t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from hmm_speech.errors import UserError
 from hmm_speech.hmm import HMM, Active, Chunked, Viterbi
@@ -18,6 +20,46 @@ from hmm_speech.nn.topology import AnyTopology, ClonedTopology
 from hmm_speech.nn.transition import TransitionNetwork
 
 NUMBERS = 2**23  # of scores and vectors that are in memory at a time, 32 MB
+
+
+class Normaliser(Function):
+    """log sum_j exp(q_i . k_j + b_j) for all i, (N,), some rows at a time, whose scores the backward pass makes again.
+
+    All scores pass through one buffer of NUMBERS: blocks that are allocated anew leave holes between what is kept, and
+    the process then grows to the (N, N) that is to be avoided.
+    """
+
+    @staticmethod
+    def forward(ctx, query_NF: Tensor, key_NF: Tensor, bias_N: Tensor) -> Tensor:
+        found_N = torch.empty_like(bias_N)
+        for rows, scores_IN in _portions(query_NF, key_NF, bias_N):
+            top_I1 = scores_IN.amax(-1, keepdim=True)
+            found_N[rows] = scores_IN.sub_(top_I1).exp_().sum(-1).log_() + top_I1.squeeze(-1)
+        ctx.save_for_backward(query_NF, key_NF, bias_N, found_N)
+        return found_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query_NF, key_NF, bias_N, found_N = ctx.saved_tensors
+        query_grad, key_grad, bias_grad = (torch.zeros_like(x) for x in (query_NF, key_NF, bias_N))
+        for rows, scores_IN in _portions(query_NF, key_NF, bias_N):
+            share_IN = scores_IN.sub_(found_N[rows, None]).exp_().mul_(grad_N[rows, None])
+            torch.mm(share_IN, key_NF, out=query_grad[rows])
+            key_grad.addmm_(share_IN.T, query_NF[rows])
+            bias_grad += share_IN.sum(0)
+        return query_grad, key_grad, bias_grad
+
+
+def _portions(query_NF: Tensor, key_NF: Tensor, bias_N: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows and their scores (I, N), in one buffer that the next ones overwrite."""
+    num_states = len(bias_N)
+    most = min(num_states, max(1, NUMBERS // num_states))
+    buffer_IN = query_NF.new_empty(most, num_states)
+    for start in range(0, num_states, most):
+        rows = slice(start, min(start + most, num_states))
+        scores_IN = buffer_IN[: rows.stop - start]
+        yield rows, torch.addmm(bias_N, query_NF[rows], key_NF.T, out=scores_IN)
 
 
 class Products(NamedTuple):
@@ -42,14 +84,8 @@ class Products(NamedTuple):
         return SlotChain(inner, initial_M, renamed(emission, place_N), lengths_B, self.active_M)
 
     def normaliser(self) -> Tensor:
-        """(N,): log sum_j exp(q_i . k_j + b_j). Blocks of rows are made again in the backward pass, so memory is
-        NUMBERS and N F, never N^2."""
-
-        def of_rows(query_IF: Tensor) -> Tensor:
-            return torch.addmm(self.bias_N, query_IF, self.key_NF.T).logsumexp(-1)
-
-        rows = self.query_NF.split(max(1, NUMBERS // len(self.key_NF)))
-        return torch.cat([checkpoint(of_rows, x, use_reentrant=False, preserve_rng_state=False) for x in rows])
+        """(N,): log sum_j exp(q_i . k_j + b_j)."""
+        return Normaliser.apply(self.query_NF, self.key_NF, self.bias_N)
 
     def following(self, initial_N: Tensor, states_BT: Tensor) -> Tensor:
         """(B, N) log p(next state | last state), or of the first one."""

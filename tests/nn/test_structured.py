@@ -17,6 +17,7 @@ from hmm_speech.nn import (
     EmissionTable,
     InitialTable,
     LowRankTransition,
+    Products,
     SemiMarkovTransition,
     Topology,
     cloned,
@@ -183,6 +184,17 @@ def test_state_dropout_keeps_a_part_of_each_units_clones_and_normalises_over_it(
     dense = HMM(model.initial()[active].log_softmax(-1), scores, emission, batch.lengths)
     torch.testing.assert_close(found.log_partition(), dense.log_partition())
     assert torch.equal(found.viterbi().states, active[dense.viterbi().states])
+
+
+def test_the_normaliser_is_a_log_sum_in_portions_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cloned, "NUMBERS", 21)  # three rows of seven
+    torch.manual_seed(0)
+    query, key, bias = (torch.randn(*shape, dtype=torch.float64) * 5 for shape in ((7, 4), (7, 4), (7,)))
+    query[0] *= 100  # scores of hundreds of nats
+    torch.testing.assert_close(Products(query, key, bias).normaliser(), (query @ key.T + bias).logsumexp(-1))
+    query[0] /= 100
+    scores = tuple(x.requires_grad_() for x in (query, key, bias))
+    assert torch.autograd.gradcheck(lambda *x: Products(*x).normaliser(), scores)
 
 
 def test_products_are_the_same_in_small_portions(monkeypatch: pytest.MonkeyPatch) -> None:
