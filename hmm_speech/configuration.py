@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from hmm_speech.errors import UserError
+from hmm_speech.errors import UserError, check_size
 
 ALLOWED_TARGETS = ("hmm_speech", "lightning", "torch.nn", "torch.optim")
 CLONE = Path(__file__).resolve().parent.parent
@@ -155,8 +155,8 @@ def check_run(config: Mapping[str, Any], mode: Any) -> tuple[str, ...]:
     check_targets({key: value for key, value in config.items() if key != "allow_targets"}, allowed)
     trainer = config["trainer"]
     epochs = trainer.get("max_epochs")
-    if epochs is not None and (not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1):
-        raise UserError(f"trainer.max_epochs is {epochs!r}; expected a positive integer")
+    if epochs is not None:
+        check_size("trainer.max_epochs", epochs)
     if getattr(mode, "name", None) == "MULTIRUN" and "ddp" in str(trainer.get("strategy")):
         raise UserError(
             "--multirun with trainer.strategy=ddp: the processes that DDP starts would run the sweep themselves. "

@@ -16,7 +16,7 @@ from hmm_speech.configuration import ALLOWED_TARGETS, instantiate
 from hmm_speech.data.batching import Batch
 from hmm_speech.hmm import HMM
 from hmm_speech.nn.blocks import count
-from hmm_speech.nn.composition import PARTS, Chain, Composition, build_composition, compose
+from hmm_speech.nn.composition import PARTS, Chain, build_composition, compose
 from hmm_speech.nn.initialise import set_priors
 from hmm_speech.nn.topology import build_topology, resolve_topology
 from hmm_speech.objective.finite import check_finite
@@ -105,7 +105,7 @@ class SpeechHMM(LightningModule):
 
     def forward(self, batch: Batch) -> HMM | Chain:
         """The chain of a batch of utterances: its paths are scored by log p(states, observations)."""
-        return compose(Composition(self.topology, self.initial, self.transition, self.emission, self.context), batch)
+        return compose(self, batch)
 
     @property
     def progress(self) -> float:
@@ -130,7 +130,7 @@ class SpeechHMM(LightningModule):
         place = (self.hparams.seed, self.current_epoch, batch_idx, self.global_rank)
         torch.manual_seed(int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=8).digest(), "big"))
         bits_B = self.objective(self, batch) / math.log(2)
-        check_finite(bits_B.detach(), batch.index, self.trainer.datamodule.corpus.split("train"))
+        check_finite(bits_B.detach(), batch.index, self.trainer.datamodule.corpus)
         bits = bits_B.sum()
         self._log_bits("train", bits.detach(), batch)
         return bits / self.hparams.frames_per_batch

@@ -14,19 +14,6 @@ constexpr int kThreads = 256;
 template <class Real>
 constexpr int kLeastJoinedBits = Range<Real>::kSmallestBits + kTopBits + 1 + Range<Real>::kPrecision + 6;
 
-// The sum over the block, for all threads, in order; `part` holds a number a warp. Two barriers.
-__device__ __forceinline__ double block_sum(double x, double *part) {
-  x = warp_sum(x);
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) part[threadIdx.x / kWarp] = x;
-#if HMM_MUTATION != 16
-  __syncthreads();
-#endif
-  x = 0;
-  for (int q = 0; q < kThreads / kWarp; q++) x += part[q];
-  return x;
-}
-
 // sum_ij a(i) A(i, j) b(j), a warp a row.
 template <class Real>
 __device__ __forceinline__ double joined_sum(const Real *a, const Real *arcs, const Real *b, int N, double *part) {
@@ -36,7 +23,7 @@ __device__ __forceinline__ double joined_sum(const Real *a, const Real *arcs, co
     for (int j = threadIdx.x % kWarp; j < N; j += kWarp) sum = fma(arcs[int64_t(i) * N + j], b[j], sum);
     all += double(a[i]) * double(sum);
   }
-  return block_sum(all, part);
+  return block_sum<kThreads>(all, part);
 }
 
 template <class Real>
@@ -58,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const double arcs_top = double(arcs.certificate->top);
   double taken = 0;
   for (int64_t t = threadIdx.x; t < L; t += kThreads) taken += double(centre[b * p.time + t]) + (t ? arcs_top : 0);
-  taken = block_sum(taken, part_double);
+  taken = block_sum<kThreads>(taken, part_double);
   taken += double(top_of(static_cast<const Real *>(p.initial) + b * p.initial_batch_stride, N, part));
   if (p.final) taken += double(top_of(static_cast<const Real *>(p.final) + b * p.final_batch_stride, N, part));
   carried += 2 * b;

@@ -25,21 +25,6 @@ template <class Real> Carried *carried(const hmm_problem &p, void *workspace) {
   return reinterpret_cast<Carried *>(static_cast<char *>(workspace) + Arcs<Real>::bytes(p.states));
 }
 
-// The sum over the block, for all threads, in order; `part` holds a number a warp. Two barriers.
-template <class Number> __device__ __forceinline__ Number block_sum(Number x, Number *part) {
-  x = warp_sum(x);
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) part[threadIdx.x / kWarp] = x;
-#if HMM_MUTATION == 14
-  x = __shfl_sync(kAllLanes, x, 0);  // which is no fence
-#else
-  __syncthreads();
-#endif
-  x = 0;
-  for (int q = 0; q < kThreads / kWarp; q++) x += part[q];
-  return x;
-}
-
 // Does an allowed arc lead to state j from one with a message? From the end: does one lead from j.
 template <class Real>
 __device__ __forceinline__ bool reachable(const Real *arcs, const Real *previous, int N, int j, bool from_end) {
@@ -83,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     alpha[row + j] = message[at_b + j] = a;
     sum += a;
   }
-  sum = block_sum(sum, part);
+  sum = block_sum<kThreads>(sum, part);
   lost |= !(sum >= arcs.certificate->least);
   const bool any = block_max(Real(lost), part) > 0;
   if (threadIdx.x != 0) return;  // no barrier follows
@@ -136,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     message[at_b + i] = u;
     sum += gamma;
   }
-  sum = block_sum(sum, part);
+  sum = block_sum<kThreads>(sum, part);
   if (threadIdx.x == 0) state->total = double(sum);
 }
 

@@ -51,7 +51,7 @@ class ChoosePseudocount(Callback):
             group["pseudocount"] = best
 
     def _search(self, trainer: Trainer, module: LightningModule, optimizer: EM) -> float:
-        train, valid = ([*trainer.datamodule.batches(split)] for split in ("train", "valid"))
+        train, valid = ([*trainer.datamodule.loader(split, alone=True)] for split in ("train", "valid"))
         start = {name: x.clone() for name, x in module.state_dict().items()}
         best, fewest, worse = self.candidates[0], math.inf, 0
         for candidate in self.candidates:

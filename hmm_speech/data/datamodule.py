@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +34,8 @@ class UnitDataModule(LightningDataModule):
         super().__init__()
         if not 0 <= phones <= 1:
             raise UserError(f"data.phones is {phones!r}; expected a share from 0 to 1")
-        self.path, self.batch_size, self.num_workers, self.seed, self.phones = (
-            path,
-            batch_size,
-            num_workers,
-            seed,
-            phones,
-        )
+        self.path, self.batch_size, self.num_workers = path, batch_size, num_workers
+        self.seed, self.phones = seed, phones
 
     @functools.cached_property
     def corpus(self) -> UnitCorpus:
@@ -118,10 +112,11 @@ class UnitDataModule(LightningDataModule):
             for u in utterances
         ]
 
-    def loader(self, split: str, shuffle: bool = False) -> DataLoader[Batch]:
-        """Each utterance of a split once over all processes, in padded batches."""
+    def loader(self, split: str, shuffle: bool = False, alone: bool = False) -> DataLoader[Batch]:
+        """Each utterance of a split once over all processes, or in this one ``alone``, in padded batches."""
         utterances = self.corpus.split(split)
-        world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        together = self.trainer is not None and not alone
+        world = (self.trainer.global_rank, self.trainer.world_size) if together else (0, 1)
         sampler = BucketBatchSampler(
             [len(utterance.units) for utterance in utterances],
             self.batch_size,
@@ -132,15 +127,8 @@ class UnitDataModule(LightningDataModule):
             split=split,
         )
         rows: list[tuple[int, Utterance]] = list(enumerate(utterances))
-        together = functools.partial(collate, phones=self.shown_phones(split))
-        return DataLoader(rows, batch_sampler=sampler, collate_fn=together, num_workers=self.num_workers)
-
-    def batches(self, split: str) -> Iterator[Batch]:
-        """All utterances of a split in this process, in padded batches of similar length."""
-        rows = list(enumerate(self.corpus.split(split)))
-        sampler = BucketBatchSampler([len(utterance.units) for _, utterance in rows], self.batch_size, split=split)
-        phones = self.shown_phones(split)
-        return (collate([rows[index] for index in indices], phones) for indices in sampler)
+        with_phones = functools.partial(collate, phones=self.shown_phones(split))
+        return DataLoader(rows, batch_sampler=sampler, collate_fn=with_phones, num_workers=self.num_workers)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         return self.loader("train", shuffle=True)

@@ -52,6 +52,13 @@ def phone_inventory(phones: Sequence[PhoneSegments | None]) -> list[str]:
     return sorted({label for utterance in phones for label, _, _ in utterance or ()})
 
 
+def nmi(joint_LP: np.ndarray) -> float:
+    """2 I(label; phone) / (H(label) + H(phone)) of joint counts."""
+    p_LP = joint_LP / joint_LP.sum()
+    labels, phones, pairs = (_entropy(p) for p in (p_LP.sum(1), p_LP.sum(0), p_LP))
+    return 2 * (labels + phones - pairs) / (labels + phones)
+
+
 def frame_phones(
     phones: PhoneSegments, num_frames: int, frame_rate: float, inventory: Sequence[str], name: str = "phones"
 ) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,3 +97,43 @@ class StateNetwork(nn.Module):
 
     def forward(self) -> Tensor:
         return self.norm(self.blocks(self.embedding()))
+
+
+class StateScores(nn.Module):
+    """(N, M) scores, one row a state: a free table, or U n_z + b with n_z from a network over state embeddings.
+
+    Args:
+        outputs: M.
+        dim: width of the network; None for a table, drawn from N(0, 0.1^2).
+        blocks, dropout, std: of the network, see :class:`StateNetwork`.
+    """
+
+    def __init__(
+        self,
+        topology: AnyTopology,
+        outputs: int,
+        dim: int | None = 128,
+        blocks: int = 2,
+        dropout: float = 0.05,
+        std: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if dim is None:
+            self.table = nn.Parameter(torch.randn(topology.num_states, outputs) * 0.1)
+        else:
+            self.network = StateNetwork(topology, dim, blocks, dropout, std)
+            self.output = nn.Linear(dim, outputs)
+
+    def forward(self) -> Tensor:
+        return self.table if hasattr(self, "table") else self.output(self.network())
+
+
+class ArcScores(StateScores):
+    """(N, N) :class:`StateScores` of arcs i -> j, -inf where ``forbidden`` (N, N) says so."""
+
+    def __init__(self, topology: AnyTopology, forbidden: Tensor, **network: Any) -> None:
+        super().__init__(topology, topology.num_states, **network)
+        self.register_buffer("forbidden", forbidden, persistent=False)
+
+    def forward(self) -> Tensor:
+        return super().forward().masked_fill(self.forbidden, -torch.inf)

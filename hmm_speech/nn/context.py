@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hmm_speech.errors import UserError
+from hmm_speech.errors import UserError, check_size
 
 OBSERVES = ("units", "frames")
 
@@ -70,7 +70,7 @@ class Context(nn.Module):
                 "context.observes is 'frames', but the data have none; make the unit file with --keep-frames, or set "
                 "context.observes=units"
             )
-        _require_positive(dim=dim, hop=hop)
+        _check_sizes(dim=dim, hop=hop)
         self.observes, self.dim, self.hop, self.dropout = observes, dim, hop, dropout
         self.past = Past(observes, vocabulary, dimension, dim, hop)
 
@@ -89,7 +89,7 @@ class _RecurrentContext(Context):
 
     def __init__(self, vocabulary: int, dimension: int | None = None, *, layers: int = 1, **options) -> None:
         super().__init__(vocabulary, dimension, **options)
-        _require_positive(layers=layers)
+        _check_sizes(layers=layers)
         between = self.dropout if layers > 1 else 0.0
         self.network = self.cell(self.dim, self.dim, layers, batch_first=True, dropout=between)
 
@@ -120,7 +120,7 @@ class ConvolutionContext(Context):
         self, vocabulary: int, dimension: int | None = None, *, layers: int = 4, width: int = 2, **options
     ) -> None:
         super().__init__(vocabulary, dimension, **options)
-        _require_positive(layers=layers, width=width)
+        _check_sizes(layers=layers, width=width)
         self.blocks = nn.ModuleList(_CausalConvolution(self.dim, width, 2**layer) for layer in range(layers))
         self.norm = nn.LayerNorm(self.dim)
 
@@ -153,7 +153,7 @@ class TransformerContext(Context):
         self, vocabulary: int, dimension: int | None = None, *, layers: int = 2, heads: int = 4, **options
     ) -> None:
         super().__init__(vocabulary, dimension, **options)
-        _require_positive(layers=layers, heads=heads)
+        _check_sizes(layers=layers, heads=heads)
         if self.dim % (2 * heads):
             raise UserError(f"context.dim is {self.dim}; expected a multiple of twice context.heads, {2 * heads}")
         self.blocks = nn.ModuleList(_Attention(self.dim, heads) for _ in range(layers))
@@ -193,7 +193,7 @@ class LastUnits(Context):
 
     def __init__(self, vocabulary: int, dimension: int | None = None, *, n: int = 1, **options) -> None:
         super().__init__(vocabulary, dimension, **options)
-        _require_positive(n=n)
+        _check_sizes(n=n)
         self.earlier = nn.ModuleList(
             Past(self.observes, vocabulary, dimension, self.dim, self.hop + k) for k in range(1, n)
         )
@@ -205,7 +205,6 @@ class LastUnits(Context):
         return F.dropout(h_BTH, self.dropout, self.training)
 
 
-def _require_positive(**values: int) -> None:
+def _check_sizes(**values: int) -> None:
     for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"context.{name} is {value!r}; expected a positive integer")
+        check_size(f"context.{name}", value)

@@ -5,47 +5,26 @@ Shapes: B utterances, T frames, N states, V units, H the width of the context.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hmm_speech.errors import UserError
+from hmm_speech.errors import check_size
 from hmm_speech.hmm import Chunked, LowRank
-from hmm_speech.nn.blocks import StateNetwork
+from hmm_speech.nn.blocks import ArcScores, StateScores
 from hmm_speech.nn.drift import Drift
 from hmm_speech.nn.low_rank import require_full
 from hmm_speech.nn.products import log_matmul_exp
 from hmm_speech.nn.topology import AnyTopology
 
 
-class StateScores(nn.Module):
-    """(N, M) scores, one row a state: a free table, or U n_z + b with n_z from a network over state embeddings.
-
-    Args:
-        outputs: M.
-        dim: width of the network; None for a table, drawn from N(0, 0.1^2).
-        blocks, dropout, std: of the network, see :class:`StateNetwork`.
-    """
-
-    def __init__(
-        self, topology: AnyTopology, outputs: int, dim: int | None, blocks: int, dropout: float, std: float
-    ) -> None:
-        super().__init__()
-        if dim is None:
-            self.table = nn.Parameter(torch.randn(topology.num_states, outputs) * 0.1)
-        else:
-            self.network = StateNetwork(topology, dim, blocks, dropout, std)
-            self.output = nn.Linear(dim, outputs)
-
-    def forward(self) -> Tensor:
-        return self.table if hasattr(self, "table") else self.output(self.network())
-
-
 class ContextualTransition(nn.Module):
     """log p(z_t = j | z_{t-1} = i, h_t) = log softmax_j(A[i, j] + (W h_t)[j]), as a :class:`Drift`.
 
     The context says which states are likely now, whatever the one before; A says which follow one another. A comes from
-    :class:`StateScores`; arcs that the topology has not are forbidden.
+    :class:`ArcScores`, which takes ``network``; arcs that the topology has not are forbidden.
     """
 
     uses_context = True
@@ -54,19 +33,15 @@ class ContextualTransition(nn.Module):
         self,
         topology: AnyTopology,
         context_dim: int,
-        dim: int | None = 128,
-        blocks: int = 2,
-        dropout: float = 0.05,
-        std: float = 1.0,
+        **network: Any,
     ) -> None:
         super().__init__()
-        self.scores = StateScores(topology, topology.num_states, dim, blocks, dropout, std)
+        self.scores = ArcScores(topology, ~topology.arcs(), **network)
         self.drift = nn.Linear(context_dim, topology.num_states, bias=False)  # a bias would double the scores'
-        self.register_buffer("forbidden", ~topology.arcs(), persistent=False)
 
     def logits(self) -> Tensor:
         """(N, N): A."""
-        return self.scores().masked_fill(self.forbidden, -torch.inf)
+        return self.scores()
 
     def forward(self, context_BTH: Tensor) -> Drift:
         return Drift(self.logits(), self.drift(context_BTH))
@@ -107,7 +82,7 @@ class FullContextualTransition(nn.Module):
 
     Every arc has a rate of its own at which each of ``rank`` features of the context changes it. A chunk of frames at a
     time (:class:`hmm_speech.hmm.Chunked`), so that memory is B x chunk x N x N, but time is B T N^2 rank. A comes from
-    :class:`StateScores`.
+    :class:`ArcScores`, which takes ``network``.
     """
 
     uses_context = True
@@ -118,24 +93,19 @@ class FullContextualTransition(nn.Module):
         context_dim: int,
         rank: int = 8,
         chunk: int = 32,
-        dim: int | None = 128,
-        blocks: int = 2,
-        dropout: float = 0.05,
-        std: float = 1.0,
+        **network: Any,
     ) -> None:
         super().__init__()
         for name, value in (("rank", rank), ("chunk", chunk)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"transition.{name} is {value!r}; expected a positive integer")
+            check_size(f"transition.{name}", value)
         self.chunk = chunk
-        self.scores = StateScores(topology, topology.num_states, dim, blocks, dropout, std)
+        self.scores = ArcScores(topology, ~topology.arcs(), **network)
         self.features = nn.Linear(context_dim, rank, bias=False)
         self.change_RNN = nn.Parameter(torch.randn(rank, topology.num_states, topology.num_states) * 0.1)
-        self.register_buffer("forbidden", ~topology.arcs(), persistent=False)
 
     def logits(self) -> Tensor:
         """(N, N): A."""
-        return self.scores().masked_fill(self.forbidden, -torch.inf)
+        return self.scores()
 
     def forward(self, context_BTH: Tensor) -> Chunked:
         shared_NN = self.logits()
@@ -149,7 +119,7 @@ class FullContextualTransition(nn.Module):
 
 
 class ContextualEmission(nn.Module):
-    """log p(x_t | z_t, h_t) = log softmax_x((O h_t)[x] + S[z_t, x]), S from :class:`StateScores`.
+    """log p(x_t | z_t, h_t) = log softmax_x((O h_t)[x] + S[z_t, x]), S from :class:`StateScores` (and its ``network``).
 
     The normalisers of all frames and states are one product, exp(O h) exp(S)^T, so no (B, T, N, V) arises. With one
     state this is the language model that the context is.
@@ -163,14 +133,11 @@ class ContextualEmission(nn.Module):
         topology: AnyTopology,
         vocabulary: int,
         context_dim: int,
-        dim: int | None = 128,
-        blocks: int = 2,
-        dropout: float = 0.05,
-        std: float = 1.0,
+        **network: Any,
     ) -> None:
         super().__init__()
         self.vocabulary = vocabulary
-        self.scores = StateScores(topology, vocabulary, dim, blocks, dropout, std)
+        self.scores = StateScores(topology, vocabulary, **network)
         self.output = nn.Linear(context_dim, vocabulary, bias=False)
 
     def logits(self) -> Tensor:

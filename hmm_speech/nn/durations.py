@@ -5,15 +5,14 @@ Shapes: B utterances, T frames, N states, D frames of a segment at most.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hmm_speech.errors import UserError
+from hmm_speech.errors import UserError, check_size
 from hmm_speech.hmm import Active, SemiMarkovHMM, Viterbi
-from hmm_speech.nn.blocks import LogTable
-from hmm_speech.nn.contextual import StateScores
+from hmm_speech.nn.blocks import ArcScores, LogTable
 from hmm_speech.nn.low_rank import require_full
 from hmm_speech.nn.topology import AnyTopology
 
@@ -93,13 +92,13 @@ class SemiMarkovChain:
 class SemiMarkovTransition(nn.Module):
     """An explicit-duration model (Ferguson 1980; Yu 2010, "Hidden semi-Markov models"): :class:`Durations`.
 
-    Which state follows comes from :class:`StateScores`, or from a table that exact EM can train; durations from a table
+    Which state follows comes from :class:`ArcScores`, or from a table that exact EM can train; durations from a table
     (N, D), log softmax over ``shortest`` .. ``longest`` frames.
 
     Args:
         shortest, longest: frames of a segment; the last one of an utterance may be cut shorter.
         dim: width of the network; None for a table.
-        blocks, dropout, std: of the network, see :class:`StateNetwork`.
+        network: ``blocks``, ``dropout`` and ``std``, see :class:`StateNetwork`.
 
     Raises:
         UserError: durations are out of range, or the topology forbids arcs or has but one state.
@@ -111,15 +110,12 @@ class SemiMarkovTransition(nn.Module):
         shortest: int = 1,
         longest: int = 25,
         dim: int | None = 128,
-        blocks: int = 2,
-        dropout: float = 0.05,
-        std: float = 1.0,
+        **network: Any,
     ) -> None:
         super().__init__()
         require_full("semi_markov", topology, "durations do what chains of substates do")
         for name, value in (("shortest", shortest), ("longest", longest)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"transition.{name} is {value!r}; expected a positive integer")
+            check_size(f"transition.{name}", value)
         if longest < shortest:
             raise UserError(f"transition.longest is {longest}, below transition.shortest, {shortest}")
         size = topology.num_states
@@ -129,15 +125,14 @@ class SemiMarkovTransition(nn.Module):
         if dim is None:
             self.arcs = LogTable(size, size, allowed=~own_NN)
         else:
-            self.scores = StateScores(topology, size, dim, blocks, dropout, std)
-            self.register_buffer("own_NN", own_NN, persistent=False)
+            self.scores = ArcScores(topology, own_NN, dim=dim, **network)
         permitted_D = torch.arange(1, longest + 1) >= shortest
         self.durations = LogTable(size, longest, allowed=permitted_D)
 
     def forward(self) -> Durations:
         if hasattr(self, "arcs"):
             return Durations(self.arcs(), self.durations())
-        return Durations(self.scores().masked_fill(self.own_NN, -torch.inf).log_softmax(-1), self.durations())
+        return Durations(self.scores().log_softmax(-1), self.durations())
 
     def logits(self) -> Tensor:
         """(N, N): the Markov chain of the same mean durations, by which the initialisation fits both."""

@@ -17,14 +17,13 @@ class FrameEmission(nn.Module):
     """
 
     observes = "frames"
-    uses_context = False
 
     def __init__(self, topology: AnyTopology, dimension: int) -> None:
         super().__init__()
         self.num_states, self.dimension = topology.num_states, dimension
 
-    def forward(self, frames_BTD: Tensor, context_BTH: Tensor | None = None) -> Tensor:
-        """(B, T, N) log-probabilities or log-densities, in nats; no context is used."""
+    def forward(self, frames_BTD: Tensor) -> Tensor:
+        """(B, T, N) log-probabilities or log-densities, in nats."""
         if frames_BTD.shape[-1] != self.dimension:
             raise UserError(
                 f"frames: each has {frames_BTD.shape[-1]} numbers, the emission was made for {self.dimension}; give a "

@@ -6,12 +6,13 @@ moves from what comes before the cluster's units to what comes after. Only the u
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence as padded
 
 from hmm_speech.errors import UserError
 from hmm_speech.hmm import HMM
@@ -29,14 +30,21 @@ FLOOR = 0.2  # share of every emission and exit that follows the unigram
 PSEUDOCOUNT = 0.1  # frames, in the EM iterations
 RARE = 0.01  # share of what a class leads to that follows the unigram
 TINY = 1e-30  # what noise made smaller is taken for this: a probability of 0 would never change
+BATCH = 32  # utterances, in the EM iterations
 MOST_STATES = 1024  # of tables (N, N), whose EM iterations and fit take a minute at that size
+
+
+def pair_counts(sequences: Sequence[np.ndarray], vocabulary: int) -> np.ndarray:
+    """(V, V) float64: how often unit i is followed by unit j."""
+    counts = np.zeros((vocabulary, vocabulary))
+    for units in sequences:
+        np.add.at(counts, (units[:-1], units[1:]), 1)
+    return counts
 
 
 def change_counts(sequences: Sequence[np.ndarray], vocabulary: int) -> np.ndarray:
     """(V, V) float64: how often unit i is followed by another unit j; repetitions do not count."""
-    counts = np.zeros((vocabulary, vocabulary))
-    for units in sequences:
-        np.add.at(counts, (units[:-1], units[1:]), 1)
+    counts = pair_counts(sequences, vocabulary)
     np.fill_diagonal(counts, 0)
     return counts
 
@@ -121,9 +129,7 @@ def unit_bigram(sequences: Sequence[np.ndarray], vocabulary: int) -> tuple[np.nd
     The bigram is interpolated with the unigram (Witten and Bell 1991: a unit that was followed by many kinds of units
     leaves more to the unigram).
     """
-    counts = np.zeros((vocabulary, vocabulary))
-    for units in sequences:
-        np.add.at(counts, (units[:-1], units[1:]), 1)
+    counts = pair_counts(sequences, vocabulary)
     unigram = np.bincount(np.concatenate(list(sequences)), minlength=vocabulary) + 0.5
     unigram = unigram / unigram.sum()
     kinds = np.maximum((counts > 0).sum(1, keepdims=True), 1)
@@ -144,11 +150,7 @@ def cloned_tables(
     """Log-probabilities (N,) and (N, N) of cloned states: the bigram of units times noise that tells clones apart."""
     initial, transition = bigram_tables(sequences, topology)
     noise = np.random.default_rng(seed).gamma(1.0, size=transition.shape)
-    return (
-        torch.from_numpy(np.log(initial)).float(),
-        torch.from_numpy(np.log(_normalise(transition * noise))).float(),
-        None,
-    )
+    return log_table(initial), log_table(_normalise(transition * noise)), None
 
 
 def class_tables(
@@ -167,7 +169,7 @@ def class_tables(
     right = (1 - RARE) * right + RARE * (own * unigram).sum(1) / (own * unigram).sum()
     left, right = (_normalise(x * generator.gamma(1.0, size=x.shape)) for x in (left, right))
     emission = (1 - FLOOR) * own + FLOOR * unigram
-    return tuple(torch.from_numpy(np.log(np.maximum(x, TINY))).float() for x in (left, right, emission))
+    return tuple(log_table(np.maximum(x, TINY)) for x in (left, right, emission))
 
 
 def _normalise(table: np.ndarray) -> np.ndarray:
@@ -190,17 +192,19 @@ def em_tables(
     optimizer = EM([part.logits for part in parts], pseudocount=PSEUDOCOUNT)
     for _ in range(iterations):
         optimizer.zero_grad()
-        for units, lengths in _batches(sequences):
+        for rows in by_length(sequences):
+            lengths = torch.tensor([len(sequences[row]) for row in rows])
+            units = padded([torch.as_tensor(sequences[row], dtype=torch.int64) for row in rows], batch_first=True)
             HMM(initial(), transition(), emission(units), lengths).log_partition().sum().neg().backward()
         optimizer.step()
     return tuple(part.logits.detach().clone() for part in parts)
 
 
-def _batches(sequences: Sequence[np.ndarray], size: int = 32) -> Iterator[tuple[Tensor, Tensor]]:
+def by_length(sequences: Sequence[Sized]) -> Iterator[list[int]]:
+    """The places of BATCH sequences at a time, from long to short."""
     order = sorted(range(len(sequences)), key=lambda index: (-len(sequences[index]), index))
-    for start in range(0, len(order), size):
-        rows = [torch.as_tensor(sequences[index], dtype=torch.int64) for index in order[start : start + size]]
-        yield nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
+    for start in range(0, len(order), BATCH):
+        yield order[start : start + BATCH]
 
 
 def fit_tables(module: nn.Module, tables: tuple[Tensor, Tensor, Tensor | None], steps: int, lr: float) -> float:

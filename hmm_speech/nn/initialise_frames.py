@@ -17,13 +17,20 @@ from hmm_speech.hmm import HMM
 from hmm_speech.nn.blocks import count
 from hmm_speech.nn.frames import FrameEmission
 from hmm_speech.nn.initial import InitialTable
-from hmm_speech.nn.initialise import FLOOR, PSEUDOCOUNT, chain_probabilities, change_counts, fit_tables, log_table
+from hmm_speech.nn.initialise import (
+    FLOOR,
+    PSEUDOCOUNT,
+    by_length,
+    chain_probabilities,
+    change_counts,
+    fit_tables,
+    log_table,
+)
 from hmm_speech.nn.topology import Topology
 from hmm_speech.nn.transition import TransitionTable
 from hmm_speech.optim import EM
 
 SAMPLE = 100_000  # frames that k-means runs on: half an hour of speech
-BATCH = 32  # utterances
 
 
 def cluster_frames(points: Sequence[np.ndarray], labels: int, seed: int) -> list[np.ndarray]:
@@ -65,9 +72,7 @@ def run_tables(sequences: Sequence[np.ndarray], topology: Topology) -> tuple[Ten
 
 def _batches(frames: Sequence[Tensor], states: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Padded frames and states (-1 past the end), and lengths."""
-    order = sorted(range(len(frames)), key=lambda index: (-len(frames[index]), index))
-    for start in range(0, len(order), BATCH):
-        rows = order[start : start + BATCH]
+    for rows in by_length(frames):
         yield (
             nn.utils.rnn.pad_sequence([frames[row] for row in rows], batch_first=True),
             nn.utils.rnn.pad_sequence([states[row] for row in rows], batch_first=True, padding_value=-1),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hmm_speech.errors import UserError
+from hmm_speech.errors import UserError, check_size
 from hmm_speech.hmm import HMM, LowRank, Viterbi
 from hmm_speech.nn.blocks import LogTable, StateNetwork
 from hmm_speech.nn.products import log_matmul_exp
@@ -46,8 +46,7 @@ class LowRankTransition(nn.Module):
     ) -> None:
         super().__init__()
         require_full("low_rank", topology, "a sum of products of probabilities forbids no single arc")
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise UserError(f"transition.rank is {rank!r}; expected a positive integer")
+        check_size("transition.rank", rank)
         self.rank = rank
         if dim is None:
             self.left, self.right = (

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hmm_speech.errors import UserError
+from hmm_speech.errors import UserError, check_size
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Topology:
 
     def __post_init__(self) -> None:
         for name in ("labels", "substates"):
-            _check_size(f"topology.{name}", getattr(self, name))
+            check_size(f"topology.{name}", getattr(self, name))
 
     @property
     def num_states(self) -> int:
@@ -82,7 +82,7 @@ class ClonedTopology:
     def __post_init__(self) -> None:
         object.__setattr__(self, "clones", tuple(self.clones))
         for unit, count in enumerate(self.clones):
-            _check_size(f"topology.clones[{unit}]", count)
+            check_size(f"topology.clones[{unit}]", count)
 
     @property
     def num_states(self) -> int:
@@ -153,8 +153,8 @@ def resolve_topology(config: Mapping[str, Any], sequences: Sequence[np.ndarray],
             f"topology: {', '.join(sorted(unknown))} does not go with states; see configs/topology/cloned.yaml"
         )
     states, minimum = config["states"], config.get("minimum", 1)
-    _check_size("topology.states", states)
-    _check_size("topology.minimum", minimum)
+    check_size("topology.states", states)
+    check_size("topology.minimum", minimum)
     counts = np.bincount(np.concatenate(list(sequences)), minlength=vocabulary)
     return {"clones": share_out(counts, states, minimum).tolist()}
 
@@ -166,8 +166,3 @@ def share_out(counts: np.ndarray, total: int, minimum: int = 1) -> np.ndarray:
     while copies.sum() < total:
         copies[np.argmax(roots / copies)] += 1
     return copies
-
-
-def _check_size(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{name} is {value!r}; expected a positive integer")

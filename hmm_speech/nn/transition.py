@@ -19,8 +19,8 @@ class TransitionTable(LogTable):
     ``skip``, which is not learned: p(i -> i + 2) = skip, and the arcs of the table share 1 - skip. Chains of three then
     last two frames at a price (the skips of a Bakis model: Bakis 1976). Learned, skips become as frequent as any arc.
 
-    Between cloned states, ``prior`` holds the bigram of units once training has begun (``ClusterInitialisation`` sets
-    it): what EM draws the table to.
+    Between cloned states, ``prior`` holds the bigram of units once training has begun (``SpeechHMM.setup``): what EM
+    draws the table to.
 
     Raises:
         UserError: skip is no probability below 1, or there are no chains of three substates.

@@ -35,11 +35,10 @@ class Annealed(Likelihood):
             raise UserError(f"objective.temperature is {temperature!r}; expected a finite number of at least 1")
         if not 0 < until <= 1:
             raise UserError(f"objective.until is {until!r}; expected a share of training, more than 0 and at most 1")
-        self.temperature, self.until, self.now = temperature, until, temperature
+        self.temperature, self.until = temperature, until
 
-    def chain(self, model: Any, batch: Any) -> HMM | Chain:
-        self.now = self.temperature ** max(0.0, 1 - model.progress / self.until)
-        return super().chain(model, batch)
-
-    def cost(self, hmm: HMM | Chain) -> Tensor:
-        return super().cost(hmm) if self.now == 1 else -plain_chain(hmm, "objective=annealed").smooth_viterbi(self.now)
+    def cost(self, model: Any, hmm: HMM | Chain) -> Tensor:
+        now = self.temperature ** max(0.0, 1 - model.progress / self.until)
+        if now == 1:
+            return super().cost(model, hmm)
+        return -plain_chain(hmm, "objective=annealed").smooth_viterbi(now)

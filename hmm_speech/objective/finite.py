@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from torch import Tensor
 
+from hmm_speech.data.unitfile import UnitCorpus
 from hmm_speech.errors import UserError
 
 
-def check_finite(loss_B: Tensor, index_B: Tensor, utterances: Sequence[Any]) -> None:
-    """Raise a UserError that names utterances of a batch whose loss is infinite or NaN."""
+def check_finite(loss_B: Tensor, index_B: Tensor, corpus: UnitCorpus) -> None:
+    """Raise a UserError that names training utterances of a batch whose loss is infinite or NaN."""
     if loss_B.sum().isfinite():
         return
+    utterances = corpus.split("train")
     names = ", ".join(repr(utterances[k].id) for k in index_B[~loss_B.isfinite()].tolist()[:3])
     raise UserError(
         f"training: the loss of utterance {names} is not finite: no path of states can make it (forbidden arcs, or "

@@ -37,7 +37,7 @@ class Likelihood(nn.Module):
     def forward(self, model: Any, batch: Any) -> Tensor:
         """(B,) nats."""
         hmm = self.chain(model, batch)
-        loss_B = self.cost(hmm)
+        loss_B = self.cost(model, hmm)
         if self.pseudocount or self.stickiness:
             loss_B = loss_B - self.log_prior(model, hmm) * batch.lengths / model.frames_per_epoch
         return loss_B
@@ -46,7 +46,7 @@ class Likelihood(nn.Module):
         """The chain whose paths are summed."""
         return model(batch)
 
-    def cost(self, hmm: HMM | Chain) -> Tensor:
+    def cost(self, model: Any, hmm: HMM | Chain) -> Tensor:
         """(B,) nats: what the data cost."""
         return -hmm.log_partition()
 
@@ -69,7 +69,7 @@ class Likelihood(nn.Module):
 class Viterbi(Likelihood):
     """-max_z log p(x, z): hard EM ("Viterbi training", Juang and Rabiner 1990) with optimizer=em, its gradient else."""
 
-    def cost(self, hmm: HMM | Chain) -> Tensor:
+    def cost(self, model: Any, hmm: HMM | Chain) -> Tensor:
         return -hmm.viterbi().score
 
 

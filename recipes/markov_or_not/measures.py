@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from hmm_speech.data.batching import collate
 from hmm_speech.data.unitfile import UnitCorpus, Utterance
 from hmm_speech.evaluate import joint_counts, label_report, phone_inventory
-from hmm_speech.evaluate.clustering import frame_phones
+from hmm_speech.evaluate.clustering import frame_phones, nmi
 from hmm_speech.module import SpeechHMM
 from hmm_speech.nn.composition import observed, score_parts
 from hmm_speech.objective.vq_apc import code_log_probs
@@ -131,15 +131,3 @@ def code_measures(codes: Sequence[np.ndarray], corpus: UnitCorpus) -> dict[str, 
         "nmi": nmi(joint_LP),
         "codes": int((joint_LP.sum(1) > 0).sum()),
     }
-
-
-def nmi(joint_LP: np.ndarray) -> float:
-    """2 I(label; phone) / (H(label) + H(phone)) of joint counts."""
-    p_LP = joint_LP / joint_LP.sum()
-    labels, phones, pairs = (_entropy(p) for p in (p_LP.sum(1), p_LP.sum(0), p_LP))
-    return 2 * (labels + phones - pairs) / (labels + phones)
-
-
-def _entropy(p: np.ndarray) -> float:
-    p = p[p > 0]
-    return float(-(p * np.log(p)).sum())
