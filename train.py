@@ -8,6 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from hmm_speech.configuration import check_run, instantiate, instantiate_all, plain, report_user_errors
+from hmm_speech.presets import without_leftovers
 
 # Threads that wait by spinning cost a factor of ten where other programs use the cores; torch reads this when imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -16,7 +17,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(config: DictConfig) -> None:
     with report_user_errors():
-        train(plain(config), Path(HydraConfig.get().runtime.output_dir))
+        hydra_config = HydraConfig.get()
+        config = without_leftovers(config, hydra_config.runtime.choices, hydra_config.overrides.task)
+        train(plain(config), Path(hydra_config.runtime.output_dir))
 
 
 def train(config: dict, run: Path) -> None:

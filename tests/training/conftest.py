@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from hmm_speech.configuration import CLONE, plain
+from hmm_speech.presets import without_leftovers
 
 SMALL = ("debug=tiny", "trainer.enable_progress_bar=false", "callbacks.progress=null", "figures=false")
 NETWORKS = ("emission.dim=16", "emission.blocks=1", "transition.dim=16", "transition.blocks=1")
@@ -22,6 +23,7 @@ def composed(run: Path, *overrides: str) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CLONE / "configs"), version_base="1.3"):
         config = compose("train", overrides=list(overrides), return_hydra_config=True)
+        without_leftovers(config, config.hydra.runtime.choices, overrides)
     with open_dict(config):
         config.hydra.runtime.output_dir = str(run)
     HydraConfig.instance().set_config(config)

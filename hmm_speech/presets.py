@@ -1,0 +1,42 @@
+"""What a preset says of a group holds for the option that the preset chose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from hydra import compose
+from omegaconf import DictConfig
+
+# The groups of which a run has one object each; what a preset says of the trainer or the callbacks holds for any of them.
+PARTS = ("data", "topology", "initial", "transition", "emission", "context", "objective", "optimizer")
+
+
+def without_leftovers(config: DictConfig, choices: Mapping[str, str], overrides: Sequence[str]) -> DictConfig:
+    """The configuration, without a preset's settings of an option that the command line has replaced.
+
+    ``recipes=flite/units optimizer=em`` should be EM as configs/optimizer/em.yaml has it, not EM with the learning rate
+    that the preset found for AdamW. Hydra merges the preset over the group's option, whichever that is; so a part for
+    which the command line picks another option than the preset's own is composed again without the preset. Settings
+    from the command line itself (``optimizer.lr=1``) remain.
+
+    Args:
+        config: as Hydra composed it for ``train``; a part of it may be replaced.
+        choices: the option of each group (``HydraConfig.get().runtime.choices``).
+        overrides: the command line (``HydraConfig.get().overrides.task``).
+    """
+    own = _preset_choices(choices["recipes"])
+    for part in PARTS:
+        if choices[part] != own[part]:
+            settings = [override for override in overrides if _group(override) == part]
+            config[part] = compose("train", overrides=["recipes=null", f"debug={choices['debug']}", *settings])[part]
+    return config
+
+
+def _preset_choices(preset: str) -> Mapping[str, str]:
+    composed = compose("train", overrides=[f"recipes={preset}"], return_hydra_config=True)
+    return composed.hydra.runtime.choices
+
+
+def _group(override: str) -> str:
+    """``optimizer`` of ``optimizer=em``, ``optimizer.lr=1`` and ``++optimizer.lr=1``."""
+    return override.lstrip("+~").split("=", 1)[0].split("@")[0].split(".")[0]
