@@ -21,7 +21,7 @@
 // the message of the step before from shared memory, 16 bytes at a time, add up over 4 lanes by two shuffles, and write
 // theirs.
 //
-//   launches   6 forward, 7 backward with counts, whatever T is; 2 and 3 of them for sequences that are done again
+//   launches   6 forward, 8 backward with counts, whatever T is; 1 and 2 of them for sequences that are done again
 //   a frame    2 N^2 flops forward, 4 N^2 backward with counts; N exponentials each; 16 N bytes forward, 28 N backward
 //              (float)
 //   a step     the dependent chain: K reads of shared memory, 4 K / 2 fused products, 2 + 3 shuffles, one barrier

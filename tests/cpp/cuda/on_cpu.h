@@ -8,9 +8,11 @@
 //   - copy_async copies as late as the waits allow; a copy that is never waited for aborts.
 //   - HMM_SCHEDULE=n (n > 0) resumes threads in a random order, n being the seed; 0 or unset, by index.
 //   - on_cpu::shared_memory_limit is that of the device to be imitated.
+//   - HMM_LAUNCHES names a file to which every launch adds its kernel's place in this program, and its shared memory.
 //
 // Not imitated: the rounding of CUDA's own expf and logf, fences and order between blocks, clusters, tensor cores. x86-64.
 #pragma once
+#include <dlfcn.h>
 #include <math.h>
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -367,6 +369,16 @@ inline void launch(dim3 of_grid, dim3 of_block, size_t shared, const std::functi
   for (Stack &stack : stacks) spare_stacks.push_back(std::move(stack));
 }
 
+inline void log_launch(void *kernel, size_t shared) {
+  const char *path = getenv("HMM_LAUNCHES");
+  Dl_info program;
+  if (!path || !dladdr(kernel, &program)) return;
+  FILE *file = fopen(path, "a");
+  if (!file) fail("HMM_LAUNCHES: %s cannot be written", path);
+  fprintf(file, "%zx %zu\n", size_t(static_cast<char *>(kernel) - static_cast<char *>(program.dli_fbase)), shared);
+  fclose(file);
+}
+
 }  // namespace on_cpu
 
 #define HMM_SHARED_MEMORY(name) unsigned char *name = (on_cpu::current->carved = on_cpu::current->arrays = 0, on_cpu::current->block->memory)
@@ -436,6 +448,7 @@ inline int fill_zeros(void *data, size_t bytes, void *) {
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, void *, const Arguments &...arguments) {
   const std::tuple<Parameters...> held(static_cast<Parameters>(arguments)...);
+  on_cpu::log_launch(reinterpret_cast<void *>(kernel), shared);
   on_cpu::launch(grid, dim3(threads), shared, [&] { std::apply(kernel, held); });
   return HMM_OK;
 }

@@ -1,10 +1,13 @@
-"""Registers of every kernel for GPUs on every architecture, and the warps that a multiprocessor can hold with them.
+"""Registers and shared memory of every kernel for GPUs, and the warps that a multiprocessor can hold with them.
 
 `python -m tests.cpp.cuda.registers` in the clone writes registers.tsv, which tests/cpp/test_cuda_compiles.py compares.
-Shared memory that a launch asks for may let it hold fewer warps: its size depends on N."""
+Shared memory depends on N: it is the most that launches ask for with the numbers of states of `STATES`, as executed on
+the CPU (on_cpu.h)."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import re
 import shutil
@@ -15,12 +18,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+import torch
+
+from hmm_speech.hmm import cuda, library
 from tests.cpp.cuda.build import HERE, ROOT, SOURCES
+from tests.cpp.cuda.build import library as build_library
+from tests.hmm.problems import problem
 
 TABLE = HERE / "registers.tsv"
-# Warps and blocks that a multiprocessor holds at most; all have 65536 registers (CUDA C++ Programming Guide, table
-# "Technical Specifications per Compute Capability").
-LIMITS = {75: (32, 16), 80: (64, 32), 86: (48, 16), 89: (48, 24), 90: (64, 32), 100: (64, 32), 120: (48, 24)}
+# Warps, blocks and KB of shared memory that a multiprocessor holds at most; all have 65536 registers, and from sm_80 on
+# a block takes a KB of shared memory more (CUDA C++ Programming Guide, "Technical Specifications per Compute
+# Capability").
+LIMITS = {75: (32, 16, 64), 80: (64, 32, 164), 86: (48, 16, 100), 89: (48, 24, 100), 90: (64, 32, 228)}
+LIMITS |= {100: (64, 32, 228), 120: (48, 24, 100)}
+# Every width of scaled.cu, and the other regimes with and without tiles.
+STATES = {"shared": (32, 64, 96, 128, 600, 1025), "per-sequence": (200,), "time-varying": (50, 128, 520)}
 ARCHITECTURES = tuple(LIMITS)
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)'")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -34,16 +47,16 @@ class Kernel(NamedTuple):
     architecture: int
     threads: int
     registers: int
-    shared: int
     memory: list[str]
 
-    @property
-    def warps(self) -> int:
-        """Warps that a multiprocessor holds: a warp takes registers by 256, 8 a thread, a block comes as a whole."""
-        warps, blocks = LIMITS[self.architecture]
+    def warps(self, shared: int) -> int:
+        """Warps that a multiprocessor holds: a warp takes registers by 256, 8 a thread, a block comes as a whole, with
+        so many bytes of shared memory."""
+        warps, blocks, kilobytes = LIMITS[self.architecture]
         by_block = self.threads // 32
         by_registers = 65536 // (-(-self.registers // 8) * 8 * 32) // by_block
-        return by_block * min(by_registers, warps // by_block, blocks)
+        by_memory = kilobytes * 1024 // max(1, shared + (1024 if self.architecture >= 80 else 0))
+        return by_block * min(by_registers, warps // by_block, blocks, by_memory)
 
 
 def release() -> str | None:
@@ -81,16 +94,14 @@ def of(source: Path) -> list[Kernel]:
     found = []
     for part in re.split(r"(?=ptxas info +: Compiling entry)", said)[1:]:
         entry, frames = _ENTRY.search(part), _FRAME.findall(part)
-        registers, shared = re.search(r"Used (\d+) registers", part), re.search(r"(\d+) bytes smem", part)
+        registers = re.search(r"Used (\d+) registers", part)
         assert entry and frames and registers, part
         name, memory = (
             _plain(entry[1]),
             [f"stack {a}, spills {b} and {c}" for a, b, c in frames if any((int(a), int(b), int(c)))],
         )
         assert name in threads, f"{source.name}: {name} has no __launch_bounds__"
-        found.append(
-            Kernel(name, int(entry[2]), threads[name], int(registers[1]), int(shared[1]) if shared else 0, memory)
-        )
+        found.append(Kernel(name, int(entry[2]), threads[name], int(registers[1]), memory))
     return found
 
 
@@ -100,18 +111,63 @@ def measure() -> dict[str, list[Kernel]]:
         return dict(zip((x.name for x in SOURCES), pool.map(of, SOURCES), strict=True))
 
 
-def table(kernels: dict[str, list[Kernel]]) -> str:
-    """One line a kernel: its threads, and for each architecture its registers and the warps of a multiprocessor."""
+def _solve(kind: str, states: int, dtype: torch.dtype, time: int = 2) -> None:
+    """Every pass over a small problem, from both ends and from one."""
+    arguments = problem(2, time, states, kind, 1, dtype, lengths="full") | {"lengths": torch.tensor([time, time])}
+    scores = tuple(arguments.values())
+    messages = cuda.forward(*scores)
+    cuda.backward(torch.ones(2, dtype=dtype), *scores, *messages, True)
+    cuda.viterbi(*scores)
+    cuda.sample(*scores, torch.rand(4, 2, time, dtype=dtype))
+
+
+def shared_memory(folder: Path) -> dict[str, int]:
+    """The most bytes of shared memory that a launch of each kernel asks for."""
+    made, launches = build_library(folder), folder / "launches"
+    handle = library.declare_cuda(ctypes.CDLL(str(made)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "cuda", lambda: handle)
+        patch.setattr(cuda, "stream_of", lambda device: contextlib.nullcontext())
+        patch.setenv("HMM_LAUNCHES", str(launches))
+        for dtype in (torch.float32, torch.float64):
+            _solve("shared", 2, dtype, time=200)  # counts in several blocks, which are summed
+            for kind, sizes in STATES.items():
+                for states in sizes:
+                    _solve(kind, states, dtype)
+    said = subprocess.run(["nm", "-C", made], capture_output=True, text=True, check=True).stdout
+    names = {}
+    for line in said.splitlines():
+        if "_kernel<" in line:
+            place, _, name = line.split(" ", 2)
+            plain = name.replace("hmm::", "").replace("(anonymous namespace)::", "").removeprefix("void ")
+            names[int(place, 16)] = plain.split("(")[0]
+    found: dict[str, int] = {}
+    for line in launches.read_text().splitlines():
+        place, shared = line.split()
+        name = names[int(place, 16)]
+        found[name] = max(found.get(name, 0), int(shared))
+    return found
+
+
+def table(kernels: dict[str, list[Kernel]], shared: dict[str, int]) -> str:
+    """One line a kernel: its threads and shared memory, and for each architecture its registers and the warps of a
+    multiprocessor."""
     columns = "\t".join(f"sm_{a}" for a in ARCHITECTURES)
-    lines = [f"# nvcc {release()}: registers/warps a multiprocessor holds", f"file\tkernel\tthreads\t{columns}"]
+    lines = [f"# nvcc {release()}: registers/warps a multiprocessor holds", f"file\tkernel\tthreads\tshared\t{columns}"]
     for file, found in kernels.items():
         for name in sorted({k.name for k in found}):
             by_architecture = {k.architecture: k for k in found if k.name == name}
-            cells = "\t".join(f"{k.registers}/{k.warps}" for k in (by_architecture[a] for a in ARCHITECTURES))
-            lines.append(f"{file}\t{name}\t{by_architecture[ARCHITECTURES[0]].threads}\t{cells}")
+            of_all, bytes_ = (by_architecture[a] for a in ARCHITECTURES), shared[name]
+            cells = "\t".join(f"{k.registers}/{k.warps(bytes_)}" for k in of_all)
+            lines.append(f"{file}\t{name}\t{by_architecture[ARCHITECTURES[0]].threads}\t{bytes_}\t{cells}")
     return "\n".join(lines) + "\n"
 
 
-if __name__ == "__main__":
-    TABLE.write_text(table(measure()))
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        TABLE.write_text(table(measure(), shared_memory(Path(folder))))
     sys.stdout.write(TABLE.read_text())
+
+
+if __name__ == "__main__":
+    main()
