@@ -24,17 +24,16 @@ def without_leftovers(config: DictConfig, choices: Mapping[str, str], overrides:
         choices: the option of each group (``HydraConfig.get().runtime.choices``).
         overrides: the command line (``HydraConfig.get().overrides.task``).
     """
-    own = _preset_choices(choices["recipes"])
+    preset, debug = choices.get("recipes"), choices.get("debug")
+    if preset is None:
+        return config
+    own = compose("train", overrides=[f"recipes={preset}"], return_hydra_config=True).hydra.runtime.choices
+    others = ["~recipes", *([f"debug={debug}"] if debug else [])]
     for part in PARTS:
         if choices[part] != own[part]:
             settings = [override for override in overrides if _group(override) == part]
-            config[part] = compose("train", overrides=["recipes=null", f"debug={choices['debug']}", *settings])[part]
+            config[part] = compose("train", overrides=[*others, *settings])[part]
     return config
-
-
-def _preset_choices(preset: str) -> Mapping[str, str]:
-    composed = compose("train", overrides=[f"recipes={preset}"], return_hydra_config=True)
-    return composed.hydra.runtime.choices
 
 
 def _group(override: str) -> str:

@@ -47,11 +47,11 @@ def test_every_preset_composes_with_other_options(path: Path, tmp_path: Path) ->
 
 def test_a_preset_speaks_for_the_options_that_it_chose(tmp_path: Path) -> None:
     own = composed(tmp_path, "recipes=flite/units")
-    assert own.optimizer.lr == 0.006 and own.transition.keys == "network" and own.trainer.max_epochs == 40
-    other = composed(tmp_path, "recipes=flite/units", "optimizer=em", "transition=table", "transition.std=0.5")
+    assert own.optimizer.lr == 0.006 and own.transition["keys"] == "network" and own.trainer.max_epochs == 40
+    other = composed(tmp_path, "recipes=flite/units", "optimizer=em", "transition=table", "transition.skip=0.5")
     assert "lr" not in other.optimizer and plain(other.transition) == {
         "_target_": "hmm_speech.nn.TransitionTable",
-        "std": 0.5,
+        "skip": 0.5,
     }
     assert other.trainer.max_epochs == 40 and other.trainer.gradient_clip_val is None
     assert other.data.path == own.data.path and other.emission == own.emission
@@ -59,7 +59,7 @@ def test_a_preset_speaks_for_the_options_that_it_chose(tmp_path: Path) -> None:
     assert composed(tmp_path, "recipes=flite/units", "optimizer=adam", "optimizer.lr=1").optimizer.lr == 1
     assert plain(composed(tmp_path, "topology=full").topology) == {"labels": 100, "substates": 1}
     assert "labels" not in composed(tmp_path, "topology=cloned").topology
-    assert composed(tmp_path, "recipes=null", "optimizer=em").optimizer.pseudocount == 0.1
+    assert composed(tmp_path, "~recipes", "optimizer=em").optimizer.pseudocount == 0.1
 
 
 def test_train_py_drops_them(tmp_path: Path) -> None:
