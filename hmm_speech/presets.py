@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from hydra import compose
 from omegaconf import DictConfig
 
-# The groups of which a run has one object each; what a preset says of the trainer or the callbacks holds for any of them.
+# Groups of which a run has one object each; what a preset says of the trainer or the callbacks holds for any of them.
 PARTS = ("data", "topology", "initial", "transition", "emission", "context", "objective", "optimizer")
 
 

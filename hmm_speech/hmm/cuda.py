@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import library, ops
+from .products import full_precision
 
 _FORWARD, _BACKWARD = 0, 1  # enum hmm_cuda_pass
 _CUDA_ERROR = 1000  # HMM_CUDA_ERROR
@@ -110,20 +111,6 @@ class Call(ops._Call):
         return self.empty(halves, batch, num_states), self.empty(halves, batch, num_states)
 
 
-@contextlib.contextmanager
-def _full_precision(device_type: str) -> Iterator[None]:
-    """Matrix products of float32 as they are: neither autocast nor TF32 may shorten their factors."""
-    matmul = torch.backends.cuda.matmul
-    name, full = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(matmul, name)
-    setattr(matmul, name, full)
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        setattr(matmul, name, before)
-
-
 def _message(status: int) -> str:
     if status < _CUDA_ERROR:
         return library.load().handle.hmm_status_message(status).decode()
@@ -150,7 +137,7 @@ def forward(initial, transition, emission, lengths, final, both_ends=True):
         else:
             run("steps_begin", alpha, centre, workspace)
             arcs, (message, product) = call.arcs(workspace), call.room()
-            with _full_precision(call.device.type):
+            with full_precision(call.device.type):
                 for step in range(call.steps):
                     if step > 0:
                         torch.bmm(message, arcs, out=product)
@@ -173,7 +160,7 @@ def backward(grad, initial, transition, emission, lengths, final, log_partition,
             message, product = call.room()
             run("steps_back_begin", alpha, centre, method, message, workspace)
             arcs = call.arcs(workspace).mT
-            with _full_precision(call.device.type):
+            with full_precision(call.device.type):
                 for step in range(call.steps):
                     if step > 0 or len(arcs) > 1:
                         torch.bmm(message, arcs, out=product)

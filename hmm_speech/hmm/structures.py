@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .products import log_matmul_exp
 from .reference import INF, logsumexp
 
 
@@ -288,15 +289,10 @@ def gather(transition: Tensor | LowRank | Banded, rows: Tensor, columns: Tensor)
 
 
 def log_product(left: Tensor, right: Tensor) -> Tensor:
-    """log(exp(left) @ exp(right)) for (..., I, R) and (..., R, J), -inf where nothing is allowed.
-
-    A loop over R, so that no (..., I, R, J) is formed unless autograd records."""
-    if left.requires_grad or right.requires_grad:
+    """log(exp(left) @ exp(right)) for (..., I, R) and (..., R, J), -inf where nothing is allowed."""
+    if torch.compiler.is_compiling():  # whether a product underflowed cannot be asked while tracing
         return logsumexp(left.unsqueeze(-1) + right.unsqueeze(-3), -2)
-    total = left[..., :1] + right[..., :1, :]
-    for r in range(1, left.shape[-1]):
-        total = torch.logaddexp(total, left[..., r : r + 1] + right[..., r : r + 1, :])
-    return total
+    return log_matmul_exp(left, right.mT)
 
 
 def _rows(matrix: Tensor, index: Tensor) -> Tensor:

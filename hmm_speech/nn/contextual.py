@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from hmm_speech.errors import check_size
 from hmm_speech.hmm import Chunked, LowRank
+from hmm_speech.hmm.products import log_matmul_exp
 from hmm_speech.nn.blocks import ArcScores, StateScores
 from hmm_speech.nn.drift import Drift
 from hmm_speech.nn.low_rank import require_full
-from hmm_speech.nn.products import log_matmul_exp
 from hmm_speech.nn.topology import AnyTopology
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hmm_speech.hmm import HMM, Active, LowRank
+from hmm_speech.hmm.products import log_matmul_exp
 from hmm_speech.nn.low_rank import LowRankHMM
-from hmm_speech.nn.products import log_matmul_exp
 
 
 class Drift(NamedTuple):

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from hmm_speech.errors import UserError
 from hmm_speech.hmm import Active
+from hmm_speech.hmm.products import log_matmul_exp
 from hmm_speech.nn.blocks import LogTable, StateNetwork
-from hmm_speech.nn.products import log_matmul_exp
 from hmm_speech.nn.topology import AnyTopology, ClonedTopology
 
 

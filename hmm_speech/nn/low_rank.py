@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from hmm_speech.errors import UserError, check_size
 from hmm_speech.hmm import HMM, LowRank, Viterbi
+from hmm_speech.hmm.products import log_matmul_exp
 from hmm_speech.nn.blocks import LogTable, StateNetwork
-from hmm_speech.nn.products import log_matmul_exp
 from hmm_speech.nn.topology import AnyTopology
 
 MOST_STATES = 2048  # of an exact best path, which takes N^2 a frame

@@ -3,19 +3,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hmm_speech.nn.products import log_matmul_exp
+from hmm_speech.hmm.products import log_matmul_exp
 
 
 def summed(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return torch.logsumexp(left.double()[..., None, :] + right.double(), -1)
+    return torch.logsumexp(left.double()[..., None, :] + right.double()[..., None, :, :], -1)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.floats(0, 2000), st.floats(0, 0.9), st.integers(0, 2**16))
-def test_sums_are_right_at_any_scale_and_with_forbidden_entries(spread: float, forbidden: float, seed: int) -> None:
+@given(st.floats(0, 2000), st.floats(0, 0.9), st.booleans(), st.integers(0, 2**16))
+def test_sums_are_right_at_any_scale_and_with_forbidden_entries(
+    spread: float, forbidden: float, batched: bool, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
-    left, right = (torch.randn(*shape, generator=generator) * spread for shape in ((2, 5, 6), (4, 6)))
-    right = right.masked_fill(torch.rand(right.shape, generator=generator) < forbidden, -torch.inf)
+    shapes = ((2, 5, 6), (2, 4, 6) if batched else (4, 6))
+    left, right = (torch.randn(*shape, generator=generator) * spread for shape in shapes)
+    left, right = (
+        x.masked_fill(torch.rand(x.shape, generator=generator) < share, -torch.inf)
+        for x, share in ((left, forbidden / 2), (right, forbidden))
+    )
     # Row maxima are some 4 spreads large; taking them out and adding them back rounds to float32 there.
     torch.testing.assert_close(
         log_matmul_exp(left, right).double(), summed(left, right), rtol=1e-5, atol=1e-5 + 4 * spread * 2**-23
@@ -51,3 +57,22 @@ def test_half_precision_is_summed_in_single() -> None:
         sums = log_matmul_exp(left, right)
     assert sums.dtype == torch.float32
     torch.testing.assert_close(sums.double(), summed(left, right), rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_no_number_stays_none() -> None:
+    left, right = torch.zeros(2, 3), torch.zeros(4, 3)
+    left[0, 1], right[2, 0], right[3] = torch.nan, torch.inf, -torch.inf
+    sums = log_matmul_exp(left, right)
+    assert sums[0].isnan().all() and sums[1, 2].isnan()
+    torch.testing.assert_close(sums[1, [0, 1, 3]], torch.tensor([3.0, 3.0, 0]).log())
+
+
+def test_second_derivatives() -> None:
+    left = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    right = (torch.randn(4, 3, dtype=torch.float64) * 300).requires_grad_()
+    forbidden = torch.tensor([[True, True, False], [False, True, False], [False, False, False], [True, False, False]])
+
+    def sums(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return log_matmul_exp(left, right.masked_fill(forbidden, -torch.inf))
+
+    assert torch.autograd.gradcheck(sums, (left, right)) and torch.autograd.gradgradcheck(sums, (left, right))
