@@ -14,6 +14,8 @@
 //
 // Backward, each half walks from the middle to its own end, and starts from the other's message: the first as above, from
 // b_m; the second by the same kernel against the arcs, from a_{m-1}. No step is done twice. m = (L + 1) / 2.
+// To cut further takes transfer matrices, N rows a step where a message is one: for N = 50, 10,000 vector products a frame,
+// 5,000 cycles, against the 500 that a frame of one sequence takes so: ten threads would have to share them to break even.
 //
 // Several sequences go through a step together, so that a step is a product (M x N) by (N x N) whose right side is
 // packed once. Cost a frame: 2 N^2 flops forward, 4 N^2 backward with counts, N exps each; 4 N^2 bytes of arcs a step for
