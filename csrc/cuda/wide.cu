@@ -118,6 +118,11 @@ template <int S, class Real> struct Matrix {
     Four<Real> sum[S];
 #pragma unroll
     for (int s = 0; s < S; s++) sum[s] = {0, 0, 0, 0};
+    // Half of the warps of a scheduler begin where the others end: registers, shared memory and caches work at a time.
+    const bool far_first = slice / 2 % 2;
+    const Real *message = room.message + kHeldRows + kGroup * slice, *far_message = message + near * kGroupRows;
+    if (far_first) add_groups<S>(far_rows, far_message, far, sum);
+    else add_groups<S>(near_rows, message, near, sum);
 #pragma unroll
     for (int k = 0; k < kHeld; k += 4)
 #pragma unroll
@@ -127,9 +132,8 @@ template <int S, class Real> struct Matrix {
         add(x.x, held[k], sum[s]), add(x.y, held[k + 1], sum[s]);
         add(x.z, held[k + 2], sum[s]), add(x.w, held[k + 3], sum[s]);
       }
-    const Real *message = room.message + kHeldRows + kGroup * slice;
-    add_groups<S>(near_rows, message, near, sum);
-    add_groups<S>(far_rows, message + near * kGroupRows, far, sum);
+    if (far_first) add_groups<S>(near_rows, message, near, sum);
+    else add_groups<S>(far_rows, far_message, far, sum);
 #pragma unroll
     for (int s = 0; s < S; s++)
       reinterpret_cast<Four<Real> *>(room.partial)[(s * kSlices + slice) * kQuads + quad] = sum[s];
