@@ -30,25 +30,29 @@ namespace hmm {
 namespace {
 
 constexpr int kThreads = 512, kColumns = int(kWideStates), kQuads = kColumns / 4, kSlices = kThreads / kQuads;
-constexpr int kHeld = 16, kHeldRows = kHeld * kSlices;  // rows in registers: of a thread, of all
-constexpr int kGroup = 2, kGroupRows = kGroup * kSlices;  // rows that follow: of a thread, of all
-constexpr int kParts = kColumns / kWarp;                  // warps that own the numbers of one message
+constexpr int kMatrix = kColumns * kColumns;
+// Rows of a thread and of all in registers, for S sequences a block; then in groups.
+template <int S> constexpr int kHeld = S == 1 ? 20 : 16;
+template <int S> constexpr int kHeldRows = kHeld<S> * kSlices;
+constexpr int kGroup = 2, kGroupRows = kGroup * kSlices, kParts = kColumns / kWarp;  // warps that own a message
 
-__host__ __device__ constexpr int groups_of(int64_t N) {
-  return N > kHeldRows ? int((N - kHeldRows + kGroupRows - 1) / kGroupRows) : 0;
-}
-__host__ __device__ constexpr int64_t matrix_size(int64_t N) {
-  return int64_t(kHeldRows + groups_of(N) * kGroupRows) * kColumns;
+template <int S> __host__ __device__ constexpr int groups_of(int64_t N) {
+  return N > kHeldRows<S> ? int((N - kHeldRows<S> + kGroupRows - 1) / kGroupRows) : 0;
 }
 
-// A and A^T of every matrix, with zeros up to whole rows and groups of rows; a block a row.
+// Groups of rows that a block has in shared memory, and those that it reads from the caches.
+struct Groups {
+  int near, far;
+};
+
+// A and A^T of every matrix, with zeros up to 256 rows and columns; a block a row.
 template <class Real>
 __global__ void __launch_bounds__(kColumns) pack_kernel(hmm_problem p, void *workspace, Real *packed) {
   const int N = p.states, i = blockIdx.y, j = threadIdx.x, transposed = blockIdx.z;
   const Arcs<Real> arcs(workspace, blockIdx.x, N);
   const bool inside = i < N && j < N;
   const int64_t arc = transposed ? int64_t(j) * N + i : int64_t(i) * N + j;
-  packed[(2 * int64_t(blockIdx.x) + transposed) * matrix_size(N) + i * kColumns + j] = inside ? arcs.arcs[arc] : Real(0);
+  packed[(2 * int64_t(blockIdx.x) + transposed) * kMatrix + i * kColumns + j] = inside ? arcs.arcs[arc] : Real(0);
 }
 
 template <class Real> struct alignas(2 * sizeof(Real)) Two {
@@ -63,7 +67,7 @@ template <class Real> __device__ __forceinline__ void add(Real x, const Four<Rea
 template <int S, class Real>
 __device__ __forceinline__ void add_groups(const Four<Real> *arcs, const Real *message, int groups,
                                            Four<Real> (&sum)[S]) {
-#pragma unroll 2
+#pragma unroll (2 / S)
   for (int g = 0; g < groups; g++) {
     const Four<Real> even = arcs[0], odd = arcs[kQuads];
 #pragma unroll
@@ -80,38 +84,37 @@ __device__ __forceinline__ void add_groups(const Four<Real> *arcs, const Real *m
 template <int S, class Real> struct Room {
   Real *message, *partial, *part, *rows;
   int32_t *flags, *lost;
-  int near;
-  __device__ Room(unsigned char *&at, int near)
+  int64_t *exponents;  // registers are few: of the owner of state 0 alone
+  __device__ __forceinline__ Room(unsigned char *&at, int near)
       : message(carve<Real>(at, S * kColumns)),
         partial(carve<Real>(at, S * kSlices * kColumns)),
         part(carve<Real>(at, kThreads / kWarp)),
         rows(near ? carve<Real>(at, near * kGroupRows * kColumns) : nullptr),
         flags(carve<int32_t>(at, S * kParts)),
         lost(carve<int32_t>(at, S * kParts)),
-        near(near) {}
+        exponents(carve<int64_t>(at, S)) {}
   static constexpr size_t bytes(int near) {
     return carved<Real>(S * kColumns) + carved<Real>(S * kSlices * kColumns) + carved<Real>(kThreads / kWarp) +
-           carved<Real>(near * kGroupRows * kColumns) + 2 * carved<int32_t>(S * kParts);
+           carved<Real>(near * kGroupRows * kColumns) + 2 * carved<int32_t>(S * kParts) + carved<int64_t>(S);
   }
 };
 
 // The arcs of a block, as its threads have them.
 template <int S, class Real> struct Matrix {
-  Four<Real> held[kHeld];
+  Four<Real> held[kHeld<S>];
   const Four<Real> *near_rows, *far_rows;
   int near, far, slice, quad;
   // To be followed by a barrier.
-  __device__ __forceinline__ Matrix(const Real *matrix, int N, const Room<S, Real> &room)
-      : slice(threadIdx.x / kQuads), quad(threadIdx.x % kQuads) {
+  __device__ __forceinline__ Matrix(const Real *matrix, Groups groups, const Room<S, Real> &room)
+      : near(groups.near), far(groups.far), slice(threadIdx.x / kQuads), quad(threadIdx.x % kQuads) {
     const Four<Real> *four = reinterpret_cast<const Four<Real> *>(matrix) + quad;
 #pragma unroll
-    for (int k = 0; k < kHeld; k++) held[k] = four[(k / 4 * 4 * kSlices + 4 * slice + k % 4) * kQuads];
+    for (int k = 0; k < kHeld<S>; k++) held[k] = four[(k / 4 * 4 * kSlices + 4 * slice + k % 4) * kQuads];
     Four<Real> *rows = reinterpret_cast<Four<Real> *>(room.rows);
-    near = room.near, far = groups_of(N) - near;
     for (int k = slice; k < near * kGroupRows; k += kSlices)
-      rows[k * kQuads + quad] = four[(kHeldRows + k) * kQuads + (HMM_MUTATION == 23)];
+      rows[k * kQuads + quad] = four[(kHeldRows<S> + k) * kQuads + (HMM_MUTATION == 23)];
     near_rows = rows + kGroup * slice * kQuads + quad;
-    far_rows = four + (kHeldRows + near * kGroupRows + kGroup * slice) * kQuads;
+    far_rows = four + (kHeldRows<S> + near * kGroupRows + kGroup * slice) * kQuads;
   }
   // This slice's share of the S products, into room.partial. Between two barriers.
   __device__ __forceinline__ void multiply(const Room<S, Real> &room) const {
@@ -120,11 +123,11 @@ template <int S, class Real> struct Matrix {
     for (int s = 0; s < S; s++) sum[s] = {0, 0, 0, 0};
     // Half of the warps of a scheduler begin where the others end: registers, shared memory and caches work at a time.
     const bool far_first = slice / 2 % 2;
-    const Real *message = room.message + kHeldRows + kGroup * slice, *far_message = message + near * kGroupRows;
+    const Real *message = room.message + kHeldRows<S> + kGroup * slice, *far_message = message + near * kGroupRows;
     if (far_first) add_groups<S>(far_rows, far_message, far, sum);
     else add_groups<S>(near_rows, message, near, sum);
 #pragma unroll
-    for (int k = 0; k < kHeld; k += 4)
+    for (int k = 0; k < kHeld<S>; k += 4)
 #pragma unroll
       for (int s = 0; s < S; s++) {
         const Four<Real> x =
@@ -177,35 +180,35 @@ template <int S> struct Owner {
 template <class Real>
 __device__ __forceinline__ const Real *matrix_of(const hmm_problem &p, const Real *packed, bool transposed) {
   const int64_t matrix = p.transition_batch_stride ? blockIdx.x : 0;  // S is 1 where each sequence has one
-  return packed + (2 * matrix + transposed) * matrix_size(p.states);
+  return packed + (2 * matrix + transposed) * kMatrix;
 }
 
 // The grid's second axis has the halves. alpha holds w and gets a (from the end, b); norm[b, t, 0] gets 2^k_t.
 template <int S, class Real>
 __global__ void __launch_bounds__(kThreads, 1)
-    wide_forward_kernel(hmm_problem p, void *workspace, const Real *packed, int near, Real *alpha, Real *norm,
+    wide_forward_kernel(hmm_problem p, void *workspace, const Real *packed, Groups groups, Real *alpha, Real *norm,
                         Carried *carried) {
   HMM_SHARED_MEMORY(at);
-  const Room<S, Real> room(at, near);
+  const Room<S, Real> room(at, groups.near);
   const int N = p.states;
   const bool from_end = blockIdx.y == 1, both = gridDim.y == 2;
   const Owner<S> own(p);
-  int64_t most = 0;
+  int most = 0;  // frames: below 2^31, which would be 1 TB
   Walk walk = {0, 0, 1, false};
   for (int s = 0; s < S; s++) {
     const int64_t b = int64_t(blockIdx.x) * S + s;
     if (b >= p.batch) continue;
     const Walk of_b = walk_from_ends(p.lengths[b], both, from_end);
-    most = of_b.frames > most ? of_b.frames : most;
+    most = max(most, int(of_b.frames));
     if (s == own.s) walk = of_b;
   }
   if (most == 0) return;  // the whole block
-  const Matrix<S, Real> matrix(matrix_of(p, packed, from_end), N, room);
+  const Matrix<S, Real> matrix(matrix_of(p, packed, from_end), groups, room);
   const Certificate<Real> certificate = *arcs_of<Real>(p, workspace, blockIdx.x).certificate;
   const bool mixing = certificate.mixing;
   const Real smallest = ldexp(Real(1), Range<Real>::kEntryBits);
 
-  const int64_t n = own.owns ? walk.frames : 0, stride = walk.step * N;
+  const int n = own.owns ? int(walk.frames) : 0, stride = walk.step * N;
   const Real *initial = static_cast<const Real *>(p.initial);
   int64_t at_frame = (own.b * p.time + walk.first) * N + own.j;  // of step s
   Real start = 1;
@@ -215,15 +218,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (s == own.s && own.owns) start = weight(scores[own.j], Real(0), top);
   }
   __syncthreads();  // part is written again
-  Real a = 0, before = 0, scale = 1;  // a_t of state j, and a_{t-1}
-  bool lost = !certificate.usable, suspect = false;
-  int64_t exponents = 0;
+  Real a = 0;  // a_t of state j
+  bool lost = !certificate.usable, suspect = false, reached = false;  // reached: a_{t-1} was not 0
+  if (own.in_range && own.j == 0) room.exponents[own.s] = 0;
   if (n > 0) {
     const Real w = alpha[at_frame];
     a = start * ldexp(Real(1), kTopBits) * w;
     lost |= !mixing && a < smallest && start > 0 && w > 0;
   }
-  for (int64_t s = 0;; s++) {
+  for (int s = 0;; s++) {
     if (s < n) alpha[at_frame] = a;
     at_frame += stride;
     const Real w = s + 1 < n ? alpha[at_frame] : Real(0);
@@ -236,28 +239,29 @@ __global__ void __launch_bounds__(kThreads, 1)
 #if HMM_MUTATION != 21
     __syncthreads();
 #endif
-    bool any = false;
-    for (int q = 0; q < S * kParts && !mixing; q++) any |= room.flags[q];
-    if (any) {  // the whole block. Is a state without a message reachable?
-      if (own.in_range) room.message[threadIdx.x] = before > 0;
-      __syncthreads();
-      matrix.multiply(room);
-      __syncthreads();
-      lost |= suspect && joined_slices(room.partial, own.s, own.j) > 0;
-      if (own.in_range) room.message[threadIdx.x] = a;
-      __syncthreads();
-    }
     const Real total = sum_of_parts(room.part, own.s);
     if (s < n) lost |= !(total >= certificate.least);
     if (s == n - 1 && own.j == 0) carried[2 * own.b + from_end].total = double(total);
-    if (s == most - 1) break;  // the whole block
     const int up = s + 1 < n ? correction(total) : 0;
-    scale = up ? ldexp(Real(1), up) : Real(1);
-    exponents += up;
-    if (s + 1 < n && own.j == 0) norm[at_frame] = scale;
-    matrix.multiply(room);
-    __syncthreads();
-    before = a;
+    const Real scale = up ? ldexp(Real(1), up) : Real(1);
+    if (s + 1 < n && own.j == 0) norm[at_frame] = scale, room.exponents[own.s] += up;
+    bool ones = false;  // is a product with ones due, for states without a message that may be reachable?
+    for (int q = 0; q < S * kParts && !mixing; q++) ones |= room.flags[q];
+    if (ones) {
+      if (own.in_range) room.message[threadIdx.x] = reached;
+      __syncthreads();
+    }
+    while (ones || s < most - 1) {
+      matrix.multiply(room);
+      __syncthreads();
+      if (!ones) break;
+      lost |= suspect && joined_slices(room.partial, own.s, own.j) > 0;
+      if (own.in_range) room.message[threadIdx.x] = a;
+      ones = false;
+      __syncthreads();
+    }
+    if (s == most - 1) break;  // the whole block
+    reached = a > 0;
     a = s + 1 < n ? joined_slices(room.partial, own.s, own.j) * w * scale : Real(0);
     suspect = !mixing && a < smallest * scale && w > 0;
   }
@@ -266,43 +270,43 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (own.lane == 0) room.lost[own.warp] = any;
   }
   __syncthreads();
-  if (n == 0 || own.j != 0) return;  // no barrier follows
+  if (!own.owns || own.j != 0) return;  // no barrier follows
   carried += 2 * own.b + from_end;
-  carried->exponents = exponents, carried->lost = sum_of_parts(room.lost, own.s) > 0;
+  carried->exponents = room.exponents[own.s], carried->lost = sum_of_parts(room.lost, own.s) > 0;
 }
 
 // w holds w_t and gets 2^k_t w_t b_t (the second half: 2^k_t w_t a_t), what the counts need.
 template <int S, class Real>
 __global__ void __launch_bounds__(kThreads, 1)
-    wide_backward_kernel(hmm_problem p, const Real *packed, int near, const Real *grad, const Real *alpha,
+    wide_backward_kernel(hmm_problem p, const Real *packed, Groups groups, const Real *grad, const Real *alpha,
                          const Real *norm, const int32_t *method, Real *w, Real *state) {
   HMM_SHARED_MEMORY(at);
-  const Room<S, Real> room(at, near);
+  const Room<S, Real> room(at, groups.near);
   const int N = p.states;
   const bool to_end = blockIdx.y == 1;
   const Owner<S> own(p);
   const int64_t T = p.time;
-  int64_t most = 0;
+  int most = 0;  // frames: below 2^31, which would be 1 TB
   Walk walk = {0, 0, 1, false};
   for (int s = 0; s < S; s++) {
     const int64_t b = int64_t(blockIdx.x) * S + s;
     if (b >= p.batch || (method[b] != HMM_SCALED && method[b] != HMM_BOTH_ENDS)) continue;
     const Walk of_b = walk_to_ends(p.lengths[b], method[b] == HMM_BOTH_ENDS, to_end);
-    most = of_b.frames > most ? of_b.frames : most;
+    most = max(most, int(of_b.frames));
     if (s == own.s) {
       walk = of_b;
       for (int64_t t = p.lengths[b]; t < T && own.owns && !to_end; t++) state[(b * T + t) * N + own.j] = 0;
     }
   }
   if (most == 0) return;  // the whole block
-  const Matrix<S, Real> matrix(matrix_of(p, packed, !to_end), N, room);
-  const int64_t n = own.owns ? walk.frames : 0, stride = walk.step * N;
+  const Matrix<S, Real> matrix(matrix_of(p, packed, !to_end), groups, room);
+  const int n = own.owns ? int(walk.frames) : 0, stride = walk.step * N;
   int64_t at_frame = (own.b * T + walk.first) * N + own.j;
   const Real upstream = n > 0 ? grad[own.b] : Real(0);
   Real later = n > 0 ? norm[own.b * T * N] : Real(0);  // 1 / Z; then 2^k of the frame before
   if (own.in_range) room.message[threadIdx.x] = n > 0 && walk.meets ? alpha[at_frame - stride] : Real(0);
   __syncthreads();
-  for (int64_t s = 0; s < most; s++) {
+  for (int s = 0; s < most; s++) {
     const bool runs = s < n;
     const Real a = runs ? alpha[at_frame] : Real(0), v = runs ? w[at_frame] : Real(0);
     const Real scale = s + 1 < n ? norm[at_frame - own.j] : Real(1), g = s ? sum_of_parts(room.part, own.s) : Real(1);
@@ -324,7 +328,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// Calls body(S, near) for the number of sequences a block, and of groups of rows in shared memory.
+// Calls body(S, groups) for the number of sequences a block.
 template <int S> struct Sequences {
   static constexpr int value = S;
 };
@@ -332,40 +336,42 @@ template <class Real, class Body> int with_room(const hmm_problem &p, int halves
   const int limit = shared_memory_limit(), processors = multiprocessors();
   if (limit < 0 || processors < 0) return HMM_CUDA_ERROR - (limit < 0 ? limit : processors);
   const auto of = [&](auto sequences) {
-    const int64_t free = limit - int64_t(Room<decltype(sequences)::value, Real>::bytes(0));
-    const int64_t near = free / int64_t(sizeof(Real) * kGroupRows * kColumns), all = groups_of(p.states);
-    return body(sequences, int(near < 0 ? 0 : near < all ? near : all));
+    constexpr int S = decltype(sequences)::value;
+    const int64_t free = limit - int64_t(Room<S, Real>::bytes(0));
+    const int64_t room = free / int64_t(sizeof(Real) * kGroupRows * kColumns), all = groups_of<S>(p.states);
+    const int near = int(room < 0 ? 0 : room < all ? room : all);
+    return body(sequences, Groups{near, int(all) - near});
   };
   // Two sequences a block, of one matrix, once there are more walks than can go side by side.
   return p.transition_batch_stride || p.batch * halves <= processors ? of(Sequences<1>{}) : of(Sequences<2>{});
 }
 
 template <class Real> int pack(const hmm_problem &p, void *workspace, Real *packed, void *stream) {
-  const dim3 rows(unsigned(matrices(p)), unsigned(matrix_size(p.states) / kColumns), 2);
+  const dim3 rows(unsigned(matrices(p)), kColumns, 2);
   return launch(pack_kernel<Real>, rows, kColumns, 0, stream, p, workspace, packed);
 }
 
 }  // namespace
 
-size_t wide_bytes(const hmm_problem &p) { return 2 * sizeof(float) * size_t(matrices(p) * matrix_size(p.states)); }
+size_t wide_bytes(const hmm_problem &p) { return 2 * sizeof(float) * size_t(matrices(p) * kMatrix); }
 
 int wide_forward(const hmm_problem &p, void *workspace, float *packed, float *alpha, float *norm, Carried *carried,
                  void *stream) {
   const int status = pack(p, workspace, packed, stream), halves = p.sharing == HMM_BY_ENDS ? 2 : 1;
-  return status ? status : with_room<float>(p, halves, [&](auto sequences, int near) {
+  return status ? status : with_room<float>(p, halves, [&](auto sequences, Groups groups) {
     constexpr int S = decltype(sequences)::value;
     return launch(wide_forward_kernel<S, float>, dim3(unsigned((p.batch + S - 1) / S), halves), kThreads,
-                  Room<S, float>::bytes(near), stream, p, workspace, packed, near, alpha, norm, carried);
+                  Room<S, float>::bytes(groups.near), stream, p, workspace, packed, groups, alpha, norm, carried);
   });
 }
 
 int wide_backward(const hmm_problem &p, void *workspace, float *packed, const float *grad, const float *alpha,
                   const float *norm, const int32_t *method, float *w, float *state, void *stream) {
   const int status = pack(p, workspace, packed, stream);
-  return status ? status : with_room<float>(p, 2, [&](auto sequences, int near) {
+  return status ? status : with_room<float>(p, 2, [&](auto sequences, Groups groups) {
     constexpr int S = decltype(sequences)::value;
     return launch(wide_backward_kernel<S, float>, dim3(unsigned((p.batch + S - 1) / S), 2), kThreads,
-                  Room<S, float>::bytes(near), stream, p, packed, near, grad, alpha, norm, method, w, state);
+                  Room<S, float>::bytes(groups.near), stream, p, packed, groups, grad, alpha, norm, method, w, state);
   });
 }
 
