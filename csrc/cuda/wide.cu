@@ -45,14 +45,15 @@ struct Groups {
   int near, far;
 };
 
-// A and A^T of every matrix, with zeros up to 256 rows and columns; a block a row.
+// A and A^T of every matrix, with zeros up to 256 rows and columns; a block 16 rows.
+constexpr int kPackedRows = 16;
 template <class Real>
 __global__ void __launch_bounds__(kColumns) pack_kernel(hmm_problem p, void *workspace, Real *packed) {
-  const int N = p.states, i = blockIdx.y, j = threadIdx.x, transposed = blockIdx.z;
+  const int N = p.states, j = threadIdx.x, transposed = blockIdx.z;
   const Arcs<Real> arcs(workspace, blockIdx.x, N);
-  const bool inside = i < N && j < N;
-  const int64_t arc = transposed ? int64_t(j) * N + i : int64_t(i) * N + j;
-  packed[(2 * int64_t(blockIdx.x) + transposed) * kMatrix + i * kColumns + j] = inside ? arcs.arcs[arc] : Real(0);
+  packed += (2 * int64_t(blockIdx.x) + transposed) * kMatrix;
+  for (int i = blockIdx.y * kPackedRows; i < int(blockIdx.y + 1) * kPackedRows; i++)
+    packed[i * kColumns + j] = i < N && j < N ? arcs.arcs[transposed ? j * N + i : i * N + j] : Real(0);
 }
 
 template <class Real> struct alignas(2 * sizeof(Real)) Two {
@@ -82,17 +83,18 @@ __device__ __forceinline__ void add_groups(const Four<Real> *arcs, const Real *m
 // What a block works with in shared memory: of each sequence a message, the slices' products, and sums by warps; flags
 // by warps; and the groups of rows that it holds. Messages are followed by barriers, and so are products.
 template <int S, class Real> struct Room {
-  Real *message, *partial, *part, *rows;
+  Real *message, *partial, *part;
   int32_t *flags, *lost;
   int64_t *exponents;  // registers are few: of the owner of state 0 alone
+  Real *rows;
   __device__ __forceinline__ Room(unsigned char *&at, int near)
       : message(carve<Real>(at, S * kColumns)),
         partial(carve<Real>(at, S * kSlices * kColumns)),
         part(carve<Real>(at, kThreads / kWarp)),
-        rows(near ? carve<Real>(at, near * kGroupRows * kColumns) : nullptr),
         flags(carve<int32_t>(at, S * kParts)),
         lost(carve<int32_t>(at, S * kParts)),
-        exponents(carve<int64_t>(at, S)) {}
+        exponents(carve<int64_t>(at, S)),
+        rows(carve<Real>(at, near * kGroupRows * kColumns)) {}
   static constexpr size_t bytes(int near) {
     return carved<Real>(S * kColumns) + carved<Real>(S * kSlices * kColumns) + carved<Real>(kThreads / kWarp) +
            carved<Real>(near * kGroupRows * kColumns) + 2 * carved<int32_t>(S * kParts) + carved<int64_t>(S);
@@ -205,8 +207,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (most == 0) return;  // the whole block
   const Matrix<S, Real> matrix(matrix_of(p, packed, from_end), groups, room);
   const Certificate<Real> certificate = *arcs_of<Real>(p, workspace, blockIdx.x).certificate;
-  const bool mixing = certificate.mixing;
-  const Real smallest = ldexp(Real(1), Range<Real>::kEntryBits);
+  // Messages below that are suspect; none where entries need not be looked at.
+  const Real smallest = certificate.mixing ? Real(0) : ldexp(Real(1), Range<Real>::kEntryBits);
 
   const int n = own.owns ? int(walk.frames) : 0, stride = walk.step * N;
   const Real *initial = static_cast<const Real *>(p.initial);
@@ -224,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (n > 0) {
     const Real w = alpha[at_frame];
     a = start * ldexp(Real(1), kTopBits) * w;
-    lost |= !mixing && a < smallest && start > 0 && w > 0;
+    lost |= a < smallest && start > 0 && w > 0;
   }
   for (int s = 0;; s++) {
     if (s < n) alpha[at_frame] = a;
@@ -234,7 +236,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       room.message[threadIdx.x] = a;
       const Real sum = warp_sum(a);
       const bool any = __any_sync(kAllLanes, suspect);
-      if (own.lane == 0) room.part[own.warp] = sum, room.flags[own.warp] = any;
+      if (own.lane == 0) room.part[own.warp] = sum, room.flags[own.warp] = any && HMM_MUTATION != 24;
     }
 #if HMM_MUTATION != 21
     __syncthreads();
@@ -246,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Real scale = up ? ldexp(Real(1), up) : Real(1);
     if (s + 1 < n && own.j == 0) norm[at_frame] = scale, room.exponents[own.s] += up;
     bool ones = false;  // is a product with ones due, for states without a message that may be reachable?
-    for (int q = 0; q < S * kParts && !mixing; q++) ones |= room.flags[q];
+    for (int q = 0; q < S * kParts; q++) ones |= room.flags[q];
     if (ones) {
       if (own.in_range) room.message[threadIdx.x] = reached;
       __syncthreads();
@@ -258,12 +260,14 @@ __global__ void __launch_bounds__(kThreads, 1)
       lost |= suspect && joined_slices(room.partial, own.s, own.j) > 0;
       if (own.in_range) room.message[threadIdx.x] = a;
       ones = false;
+#if HMM_MUTATION != 25
       __syncthreads();
+#endif
     }
     if (s == most - 1) break;  // the whole block
     reached = a > 0;
     a = s + 1 < n ? joined_slices(room.partial, own.s, own.j) * w * scale : Real(0);
-    suspect = !mixing && a < smallest * scale && w > 0;
+    suspect = a < smallest * scale && w > 0;
   }
   if (own.in_range) {
     const bool any = __any_sync(kAllLanes, own.owns && lost);
@@ -347,7 +351,7 @@ template <class Real, class Body> int with_room(const hmm_problem &p, int halves
 }
 
 template <class Real> int pack(const hmm_problem &p, void *workspace, Real *packed, void *stream) {
-  const dim3 rows(unsigned(matrices(p)), kColumns, 2);
+  const dim3 rows(unsigned(matrices(p)), kColumns / kPackedRows, 2);
   return launch(pack_kernel<Real>, rows, kColumns, 0, stream, p, workspace, packed);
 }
 
