@@ -6,8 +6,8 @@ namespace {
 
 constexpr float kForbidden = -std::numeric_limits<float>::infinity();
 
-// A chain that stays in a state or goes to the next one. Far apart: in all frames but the first, whose emissions say
-// nothing, states that can be reached have weights that no product of scaled probabilities keeps.
+// A chain that stays in a state or goes to the next one. Far apart: in frame 1, between others that say nothing, states
+// that can be reached have weights that scaled probabilities do not keep, which nothing but a search for them shows.
 void chain(int64_t T, int64_t N, bool far_apart) {
   Exercise<float> e(T, N, kShared, 1, 0);
   for (int64_t i = 0; i < N; i++)
@@ -15,7 +15,7 @@ void chain(int64_t T, int64_t N, bool far_apart) {
       if (j != i && j != i + 1) e.transition[i * N + j] = kForbidden;
   for (int64_t b = 0; b < 4; b++)
     for (int64_t t = 0; t < e.lengths[b]; t++)
-      for (int64_t j = 0; far_apart && j < N; j++) e.emission[(b * T + t) * N + j] *= t ? 500 : 0;
+      for (int64_t j = 0; far_apart && j < N; j++) e.emission[(b * T + t) * N + j] *= t == 1 ? 500 : 0;
   for (int64_t b = 0; b < e.B; b++)
     for (int64_t j = 1; !far_apart && j < N; j++) e.initial[b * N + j] = kForbidden;
   e.run(false);
