@@ -26,7 +26,8 @@
 //              (float)
 //   a step     the dependent chain: K reads of shared memory, 4 K / 2 fused products, 2 + 3 shuffles, one barrier
 //   limits     N of at most 128 (float), 96 (double): beyond, A does not fit the registers of a block beside the rest
-//              (160 spills from sm_90 on); see steps.cu and redo.cu. T none. 32 threads for 8 states.
+//              (160 spills from sm_90 on). Up to 256 (float) wide.cu does the walks; else see steps.cu and redo.cu. T
+//              none. 32 threads for 8 states.
 //
 // Compiled for sm_75 to sm_120 and executed on the CPU by the tests; not timed on a GPU.
 #include "scaled.h"

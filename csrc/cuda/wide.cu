@@ -1,27 +1,26 @@
-// The walks of scaled.cu for more states than a block's registers hold arcs of: 129 to 256, in float32.
+// The walks of scaled.cu for more states than its registers hold arcs of: 129 to 256, in float32.
 //
 //   out(j) = sum_i message(i) M(i, j),  M = A or A^T;  what is made of it: scaled.cu, its certificates: scaled.h
 //
-// One block of 512 threads a walk, or for the walks of two sequences side by side, which share what they read of M. A
-// thread has 4 columns of M and the rows of one of 8 slices: 16 rows stay in its registers (128 rows in all), of the
-// others as many in shared memory as the device allows, and the last ones come from the caches at every step:
+// One block of 512 threads a walk; or for the walks of two sequences side by side, which share what they read of M, where
+// there are more walks than multiprocessors. A thread has 4 columns of M and the rows of one of 8 slices: 160 rows of M
+// stay in registers (two sequences: 128), of the others as many in shared memory as the device gives a block, and the
+// last ones come from the caches at every step. Of 256 rows:
 //
-//   rows of 256           registers   shared memory: one sequence, two    caches: one, two
-//   sm_75    (64 KB)      128         48, 32                               80, 96
-//   sm_86, 89, 120 (99)   128         80, 64                               48, 64
-//   sm_80, 90, 100 (163, 227)  128    128, 128                             0, 0
+//                                      one sequence: shared, caches    two: shared, caches    M stays on the
+//   sm_75 (64 KB a block)                            48      48             32      96        multiprocessor up to
+//   sm_86, 89, 120 (99 KB)                           80      16             80      48        N = 208, 240, 256
+//   sm_80 (163 KB), 90, 100 (227 KB)                 96       0            128       0        (two: 160, 208, 256)
 //
-// so that M stays on the multiprocessor up to N = 176 (two: 160), 208 (192) and 256. A read of the message is the same
-// for all lanes of a warp; one of M is 16 bytes, side by side. The slices' sums meet in shared memory: two barriers a
-// step.
-//
-// Is a state reachable that has no message? If the product of the arcs with ones, where a message was, is not 0: every
-// allowed arc is at least 2^-100 (scaled.h). So only steps with such a state take two products.
+// The slices' sums meet in shared memory: two barriers a step. Is a state reachable that has no message? If the product
+// of the arcs with ones, where a message was, is not 0: allowed arcs are at least 2^-100 (scaled.h). So steps with such a
+// state take two products, also those of a chain whose last states are not reached yet.
 //
 //   launches   1 for M and its transpose, 1 forward, 1 backward, beside those of scaled.cu
-//   a step     2 N 256 flops a walk; 1 KB of shared memory or of the caches a row that is not in registers; 8 KB for the
-//              slices' sums
-//   limits     N of 129 to 256 (fewer are right and slower); T none. 512 threads, 10 to 150 KB of shared memory.
+//   a step     2 x 256 N flops a walk; 1 KB of shared memory or of the caches a row that is not in registers, for one
+//              sequence or two; 8 KB for the slices' sums, written and read
+//   limits     N of at most 256 (from 129 on: fewer are right, and slower than scaled.cu); frames below 2^31. 512 threads,
+//              9 to 147 KB of shared memory.
 //
 // Compiled for sm_75 to sm_120 and executed on the CPU by the tests; not timed on a GPU.
 #include "scaled.h"
