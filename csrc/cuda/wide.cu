@@ -2,10 +2,10 @@
 //
 //   out(j) = sum_i message(i) M(i, j),  M = A or A^T;  what is made of it: scaled.cu, its certificates: scaled.h
 //
-// One block of 512 threads a walk; or for the walks of two sequences side by side, which share what they read of M, where
-// there are more walks than multiprocessors. A thread has 4 columns of M and the rows of one of 8 slices: 160 rows of M
-// stay in registers (two sequences: 128), of the others as many in shared memory as the device gives a block, and the
-// last ones come from the caches at every step. Of 256 rows:
+// One block of 512 threads a walk; or for the walks of two sequences side by side, which share what they read of M,
+// where there are more walks than multiprocessors. A thread has 4 columns of M and the rows of one of 8 slices: 160
+// rows of M stay in registers (two sequences: 128), of the others as many in shared memory as the device gives a block,
+// and the last ones come from the caches at every step. Of 256 rows:
 //
 //                                      one sequence: shared, caches    two: shared, caches    M stays on the
 //   sm_75 (64 KB a block)                            48      48             32      96        multiprocessor up to
@@ -13,14 +13,14 @@
 //   sm_80 (163 KB), 90, 100 (227 KB)                 96       0            128       0        (two: 160, 208, 256)
 //
 // The slices' sums meet in shared memory: two barriers a step. Is a state reachable that has no message? If the product
-// of the arcs with ones, where a message was, is not 0: allowed arcs are at least 2^-100 (scaled.h). So steps with such a
-// state take two products, also those of a chain whose last states are not reached yet.
+// of the arcs with ones, where a message was, is not 0: allowed arcs are at least 2^-100 (scaled.h). So steps with such
+// a state take two products, also those of a chain whose last states are not reached yet.
 //
 //   launches   1 for M and its transpose, 1 forward, 1 backward, beside those of scaled.cu
 //   a step     2 x 256 N flops a walk; 1 KB of shared memory or of the caches a row that is not in registers, for one
 //              sequence or two; 8 KB for the slices' sums, written and read
-//   limits     N of at most 256 (from 129 on: fewer are right, and slower than scaled.cu); frames below 2^31. 512 threads,
-//              9 to 147 KB of shared memory.
+//   limits     N of at most 256 (from 129 on: fewer are right, and slower than scaled.cu); frames below 2^31. 512
+//              threads, 9 to 147 KB of shared memory.
 //
 // Compiled for sm_75 to sm_120 and executed on the CPU by the tests; not timed on a GPU.
 #include "scaled.h"
@@ -215,7 +215,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   Real start = 1;
   for (int s = 0; s < S && !from_end; s++) {
     const int64_t b = int64_t(blockIdx.x) * S + s;
-    const Real *scores = b < p.batch ? initial + b * p.initial_batch_stride : nullptr, top = top_of(scores, N, room.part);
+    const Real *scores = b < p.batch ? initial + b * p.initial_batch_stride : nullptr;
+    const Real top = top_of(scores, N, room.part);
     if (s == own.s && own.owns) start = weight(scores[own.j], Real(0), top);
   }
   __syncthreads();  // part is written again

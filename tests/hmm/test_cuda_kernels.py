@@ -130,7 +130,7 @@ def device(request, handle):
 
 @pytest.mark.parametrize("states", [129, 131, 160, 200, 255, 256])
 def test_arcs_that_registers_do_not_hold(on_cpu, device, states):
-    """wide.cu; posteriors and counts too, with gradients of both signs, and samples from messages of whole sequences."""
+    """wide.cu, with gradients of both signs, and padding that is not read; samples need messages of whole sequences."""
     for kind in ("shared", "per-sequence") if states == 200 else ("shared",):
         arguments = problem(5, 13, states, kind, states, torch.float32, forbidden=0.3 if states % 2 else 0.0)
         arguments["lengths"] = torch.tensor([13, 0, 1, 2, 12])
@@ -162,7 +162,8 @@ def test_arcs_that_registers_do_not_hold_in_hard_cases(on_cpu, device):
     lost["transition"][torch.rand(150, 150, generator=torch.Generator().manual_seed(0)) < 0.8] = -INF
     compare(lost)
     scores = [lost[k] for k in ("initial", "transition", "emission")]
-    assert cuda.forward(*scores, torch.full((5,), 6), lost["final"])[4].tolist() == [BOTH_ENDS, REDONE, REDONE, BOTH_ENDS, BOTH_ENDS]
+    method = cuda.forward(*scores, torch.full((5,), 6), lost["final"])[4]
+    assert [b for b in range(5) if method[b] == REDONE] == [1, 2]
 
 
 def test_arcs_that_registers_do_not_hold_in_any_order_of_threads(on_cpu, handle, monkeypatch):

@@ -1,4 +1,4 @@
-// The walks of wide.cu (interface.h): on devices with more or less shared memory, with one sequence a block and with two.
+// The walks of wide.cu (interface.h), on devices with more or less shared memory, and with one sequence a block or two.
 #include "interface.h"
 #include "on_cpu.h"
 
