@@ -68,6 +68,14 @@ inline int shared_memory_limit() {
   return error ? -int(error) : bytes;
 }
 
+// Multiprocessors of the current device; less than 0 for a CUDA error code.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (!error) error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return error ? -int(error) : count;
+}
+
 inline int fill_zeros(void *data, size_t bytes, void *stream) {
   const cudaError_t error = bytes ? cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)) : cudaSuccess;
   return error ? HMM_CUDA_ERROR + int(error) : HMM_OK;

@@ -26,7 +26,8 @@
 //              (float)
 //   a step     the dependent chain: K reads of shared memory, 4 K / 2 fused products, 2 + 3 shuffles, one barrier
 //   limits     N of at most 128 (float), 96 (double): beyond, A does not fit the registers of a block beside the rest
-//              (160 spills from sm_90 on); see steps.cu and redo.cu. T none. 32 threads for 8 states.
+//              (160 spills from sm_90 on). Up to 256 (float) wide.cu does the walks; else see steps.cu and redo.cu. T
+//              none. 32 threads for 8 states.
 //
 // Compiled for sm_75 to sm_120 and executed on the CPU by the tests; not timed on a GPU.
 #include "scaled.h"
@@ -304,27 +305,33 @@ template <class Real, class Body> int with_width(int64_t N, Body body) {
 
 }  // namespace
 
-template <> int64_t scaled_states<float>() { return 128; }
+template <> int64_t scaled_states<float>() { return kWideStates; }
 template <> int64_t scaled_states<double>() { return 96; }
+static bool wide(const hmm_problem &p) { return p.states > 128; }
 
-// The arcs, then what the walks carry or the backward pass's w.
+// The arcs, as wide.cu has them too where it does the walks; then what the walks carry, or the backward pass's w.
 template <class Real> static Real *behind_arcs(const hmm_problem &p, void *workspace) {
   return reinterpret_cast<Real *>(static_cast<char *>(workspace) + matrices(p) * Arcs<Real>::bytes(p.states));
 }
 template <class Real> size_t scaled_workspace(const hmm_problem &p, bool backward) {
-  const size_t arcs = size_t(matrices(p) * Arcs<Real>::bytes(p.states));
+  const size_t arcs = size_t(matrices(p) * Arcs<Real>::bytes(p.states)) + (wide(p) ? wide_bytes(p) : 0);
   return arcs + (backward ? sizeof(Real) * size_t(p.batch * p.time * p.states) : 2 * sizeof(Carried) * size_t(p.batch));
 }
 template <class Real> Real *scaled_messages(const hmm_problem &p, void *workspace) {
-  return behind_arcs<Real>(p, workspace);
+  return behind_arcs<Real>(p, workspace) + (wide(p) ? wide_bytes(p) / sizeof(Real) : 0);
 }
 
 template <class Real>
 int scaled_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Real *norm, Real *centre, int32_t *method,
                    void *workspace, void *stream) {
-  Carried *carried = reinterpret_cast<Carried *>(behind_arcs<Real>(p, workspace));
+  Carried *carried = reinterpret_cast<Carried *>(scaled_messages<Real>(p, workspace));
   int status = prepare(p, true, centre, alpha, workspace, stream);
   if (status) return status;
+  if constexpr (sizeof(Real) == 4)
+    if (wide(p)) {
+      status = wide_forward(p, workspace, behind_arcs<Real>(p, workspace), alpha, norm, carried, stream);
+      return status ? status : join(p, carried, log_partition, alpha, norm, centre, method, workspace, stream);
+    }
   status = with_width<Real>(p.states, [&](auto width) {
     constexpr int K = decltype(width)::value;
     const size_t shared = Rows<K, Real>::bytes() + carved<Real>(2 * K) + carved<int32_t>(2 * K);
@@ -341,6 +348,9 @@ int scaled_backward(const hmm_problem &p, const Real *grad, const Real *alpha, c
   Real *w = scaled_messages<Real>(p, workspace);
   const int status = prepare(p, false, const_cast<Real *>(centre), w, workspace, stream);
   if (status) return status;
+  if constexpr (sizeof(Real) == 4)
+    if (wide(p))
+      return wide_backward(p, workspace, behind_arcs<Real>(p, workspace), grad, alpha, norm, method, w, state, stream);
   return with_width<Real>(p.states, [&](auto width) {
     constexpr int K = decltype(width)::value;
     return launch(backward_kernel<K, Real>, dim3(unsigned(p.batch), 2), threads_of(p.states), Rows<K, Real>::bytes(),

@@ -30,9 +30,10 @@ def stream_of(device: torch.device) -> Iterator[int | None]:
 
 
 # What walking from both ends saves and costs, in us; estimated, not measured (csrc/cuda/README.md). A step of scaled.cu
-# is a chain of some 540 cycles, one of steps.cu two launches; where the halves meet, one block a sequence reads all
-# arcs, at some 50 GB/s.
-_STEP, _LAUNCHED_STEP, _JOINED_ARC = 0.35, 6.0, 8e-5
+# is a chain of some 540 cycles, one of wide.cu, beyond 128 states, some 1,500, one of steps.cu two launches; where the
+# halves meet, one block a sequence reads all arcs, at some 50 GB/s.
+_STEP, _WIDE_STEP, _LAUNCHED_STEP, _JOINED_ARC = 0.35, 1.0, 6.0, 8e-5
+_WIDE_FROM = 129
 # Beyond, a step of steps.cu is bound by the bytes of its arcs, not by launches: 64 MB at 4,096 states, 30 us at 2 TB/s.
 # From both ends these are read twice, once a half, and nothing is won; up to here, N^2 more numbers are the price.
 _BOTH_ENDS_TO = 2048
@@ -42,7 +43,8 @@ def walk_both_ends(time: int, num_states: int, in_steps: bool) -> bool:
     """Whether a sequence is to be walked from both of its ends at once, half as many steps one after the other.
 
     The batch's size does not matter: where B blocks fill the GPU, 2 B blocks of half the length take as long."""
-    saved = time // 2 * (_LAUNCHED_STEP if in_steps else _STEP)
+    step = _LAUNCHED_STEP if in_steps else _WIDE_STEP if num_states >= _WIDE_FROM else _STEP
+    saved = time // 2 * step
     return saved > num_states**2 * _JOINED_ARC and (not in_steps or num_states <= _BOTH_ENDS_TO)
 
 

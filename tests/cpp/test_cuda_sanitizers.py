@@ -101,6 +101,11 @@ NOTICED_BY = {
     15: ("thread", "exercise"),  # a barrier removed, where the halves meet
     16: ("thread", "exercise"),  # and where they are joined
     17: ("address", "exercise"),  # an index off by one, where the halves' counts meet
+    21: ("thread", "exercise_wide"),  # a barrier removed, forward
+    22: ("thread", "exercise_wide"),  # and backward
+    23: ("address", "exercise_wide"),  # an index off by one, in what shared memory gets
+    24: ("address", "exercise_wide"),  # states that were lost not looked for: redone nowhere
+    25: ("thread", "exercise_wide"),  # a barrier removed, where they are looked for
 }
 
 

@@ -70,6 +70,7 @@ def test_many_states_take_the_reference_on_a_gpu(with_kernels):
 def test_both_ends_are_walked_where_that_saves_more_than_joining_them():
     assert not cuda.walk_both_ends(1, 3, in_steps=False) and cuda.walk_both_ends(2, 50, in_steps=False)
     assert not cuda.walk_both_ends(6, 128, in_steps=False) and cuda.walk_both_ends(8, 128, in_steps=False)
+    assert not cuda.walk_both_ends(9, 256, in_steps=False) and cuda.walk_both_ends(12, 256, in_steps=False)
     assert not cuda.walk_both_ends(20, 1024, in_steps=True) and cuda.walk_both_ends(40, 1024, in_steps=True)
     assert not cuda.walk_both_ends(3000, 2049, in_steps=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -45,3 +46,9 @@ def library(folder: Path) -> Path:
     made = folder / "libhmm_cuda_on_cpu.so"
     run([compiler(), "-shared", *compiled(folder, SOURCES, ["-O2"]), "-o", made])
     return made
+
+
+def imitate(handle: ctypes.CDLL, kilobytes: int = 64, multiprocessors: int = 68) -> None:
+    """Gives the device that `library` stands for so much shared memory a block, and so many multiprocessors."""
+    ctypes.c_int.in_dll(handle, "_ZN6on_cpu19shared_memory_limitE").value = kilobytes * 1024
+    ctypes.c_int.in_dll(handle, "_ZN6on_cpu15multiprocessorsE").value = multiprocessors

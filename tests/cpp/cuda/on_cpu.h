@@ -7,7 +7,7 @@
 //   - Shared memory begins as NaN, with red zones between the carved arrays; carving more than the launch gave aborts.
 //   - copy_async copies as late as the waits allow; a copy that is never waited for aborts.
 //   - HMM_SCHEDULE=n (n > 0) resumes threads in a random order, n being the seed; 0 or unset, by index.
-//   - on_cpu::shared_memory_limit is that of the device to be imitated.
+//   - on_cpu::shared_memory_limit and multiprocessors are those of the device to be imitated.
 //   - HMM_LAUNCHES names a file to which every launch adds its kernel's place in this program, and its shared memory.
 //
 // Not imitated: the rounding of CUDA's own expf and logf, fences and order between blocks, clusters, tensor cores. x86-64.
@@ -85,6 +85,7 @@ namespace on_cpu {
 
 constexpr size_t kStack = 64 * 1024, kRedZone = 64, kMostArrays = 64, kMostStacks = 6000;
 inline int shared_memory_limit = 64 * 1024;  // of a block: what sm_75 has, the least of all
+inline int multiprocessors = 68;
 
 template <class... Numbers> [[noreturn]] void fail(const char *format, Numbers... numbers) {
   fprintf(stderr, "on_cpu: ");
@@ -439,6 +440,7 @@ template <int K> void copy_wait() {
 }
 
 inline int shared_memory_limit() { return on_cpu::shared_memory_limit; }
+inline int multiprocessors() { return on_cpu::multiprocessors; }
 
 inline int fill_zeros(void *data, size_t bytes, void *) {
   if (bytes) memset(data, 0, bytes);
