@@ -2,45 +2,14 @@
 
 Numbers are compared with the reference in float64, to the numerical contract."""
 
-import contextlib
-import ctypes
-
 import pytest
 import torch
 
 from hmm_speech.hmm import HMM, cuda, library, ops, reference, use_backend
-from tests.cpp.cuda import build
 from tests.hmm.problems import INF, KINDS, doubled, problem, solve
 from tests.hmm.test_contract import left_to_right
 
-OPERATORS = ("forward", "backward", "viterbi", "sample")
-REDONE, LOG_SPACE, BOTH_ENDS = library.REDONE, 2, 3  # enum hmm_method
-
-
-@pytest.fixture(scope="module")
-def handle(tmp_path_factory):
-    return library.declare_cuda(ctypes.CDLL(str(build.library(tmp_path_factory.mktemp("cuda")))))
-
-
-@pytest.fixture(params=["0", "1", "2"])
-def schedule(request, monkeypatch):
-    """The order in which threads run (on_cpu.h)."""
-    monkeypatch.setenv("HMM_SCHEDULE", request.param)
-
-
-@pytest.fixture
-def on_cpu(handle, monkeypatch):
-    """The layer's operators are those of cuda.py, on CPU tensors."""
-
-    @contextlib.contextmanager
-    def no_stream(device):
-        yield None
-
-    monkeypatch.setattr(library, "cuda", lambda: handle)
-    monkeypatch.setattr(cuda, "stream_of", no_stream)
-    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 1000)
-    for name in OPERATORS:
-        monkeypatch.setattr(torch.ops.hmm_speech, name, getattr(cuda, name))
+REDONE, BOTH_ENDS = library.REDONE, 3  # enum hmm_method
 
 
 def compare(arguments, grad=None, tolerance=2e-6, marginals=5e-6):
@@ -214,76 +183,6 @@ def test_halves_meet(on_cpu, kind, time, dtype):
     posteriors = [cuda.backward(grad, *scores, *x, True) for x in (both, one)]
     for x, y in zip(*posteriors, strict=True):
         torch.testing.assert_close(x, y, rtol=5e-6, atol=1e-5)
-
-
-def varying(batch, time, states, seed, dtype, **options):
-    """A problem whose halves meet, and its scores."""
-    arguments = problem(batch, time, states, "time-varying", seed, dtype, **options)
-    arguments["lengths"] = torch.tensor([time, 0, 1, 2, 3, *range(time)])[:batch].clamp(max=time)
-    return arguments, [arguments[k] for k in ("initial", "transition", "emission", "lengths", "final")]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("time, states", [(4, 1), (5, 2), (6, 3), (9, 17), (8, 32), (7, 50), (5, 64), (6, 127), (7, 128)])
-def test_halves_of_transitions_that_vary(on_cpu, monkeypatch, time, states, dtype):
-    """Against the reference, and against walks from the front, with grad of every sign and size."""
-    arguments, scores = varying(7, time, states, time, dtype, forbidden=0.2 if time % 2 else 0.0)
-    compare(arguments)
-    compare(arguments, torch.linspace(1, -2, 7, dtype=torch.float64))
-    both, one = cuda.forward(*scores), cuda.forward(*scores, both_ends=False)
-    assert (both[4] == BOTH_ENDS).all() and (one[4] == LOG_SPACE).all()
-    torch.testing.assert_close(both[0], one[0], rtol=2e-6, atol=2e-6)
-    grad = torch.tensor([1.0, 2.0, -1.0, 0.0, -3.0, 1e-20, 1e4], dtype=dtype)
-    (state, edge), (state_one, edge_one) = (cuda.backward(grad, *scores, *x, True) for x in (both, one))
-    assert ((state - state_one).abs() <= 1e-5 * grad.abs().view(-1, 1, 1)).all()
-    assert ((edge - edge_one).abs() <= 1e-5 * grad.abs().view(-1, 1, 1, 1)).all()
-    assert torch.equal(cuda.backward(grad, *scores, *both, False)[0], state)
-    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 13)  # for fewer than 14 halves
-    assert all(torch.equal(x, y) for x, y in zip(cuda.forward(*scores)[:4], one[:4], strict=True))
-
-
-@pytest.mark.parametrize("states", [129, 131, 200, 256, 300, 513])
-def test_halves_of_many_states_that_vary(on_cpu, states):
-    for dtype in (torch.float32, torch.float64) if states < 500 else (torch.float32,):
-        arguments, scores = varying(1, 6, states, 1, dtype, forbidden=0.3)
-        assert (cuda.forward(*scores)[4] == BOTH_ENDS).all()
-        compare(arguments)
-
-
-@pytest.mark.parametrize("shift", [1000.0, -1000.0])
-@pytest.mark.parametrize("final", [True, False])
-def test_halves_around_a_thousand(on_cpu, shift, final):
-    arguments, _ = varying(9, 31, 10, 3, torch.float32, shift=shift, final=final)
-    compare(arguments)
-
-
-@pytest.mark.parametrize("where", [0, 1, 4, 5, 8])
-def test_no_path_in_one_half(on_cpu, where):
-    """A frame that forbids all, then arcs; also those that the halves meet at. NaN beats minus infinity."""
-    arguments, scores = varying(6, 9, 7, 4, torch.float32)
-    arguments["lengths"][:] = 9
-    arguments["emission"][1, where] = -INF
-    arguments["transition"][2, min(where, 7)] = -INF
-    compare(arguments)
-    messages = cuda.forward(*scores)
-    assert (messages[0][1:3] == -INF).all() and (messages[4] == BOTH_ENDS).all()
-    grad = torch.linspace(-1, 1, 6)
-    state, edge = cuda.backward(grad, *scores, *messages, True)
-    assert (state[1:3] == 0).all() and (edge[1:3] == 0).all()
-    for bad in (INF, float("nan")):
-        arguments["emission"][4, where, 3] = bad
-        arguments["transition"][5, min(where, 7), 2, 2] = bad
-        messages = cuda.forward(*scores)
-        assert messages[0][4:].isnan().all() and messages[0][[0, 3]].isfinite().all()
-        state, edge = cuda.backward(grad, *scores, *messages, True)
-        assert state[4:].isnan().all() and edge[4:].isnan().all() and state[:4].isfinite().all()
-
-
-def test_long_halves(on_cpu):
-    """Errors do not add up over time, on either side of the middle."""
-    arguments, scores = varying(1, 5001, 3, 5, torch.float32)
-    assert (cuda.forward(*scores)[4] == BOTH_ENDS).all()
-    compare(arguments, torch.ones(1, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("scale", [5.0, 20.0, 60.0, 200.0])
