@@ -19,7 +19,7 @@
 // thread takes eight arcs at once (four in float64), their maximum before their exponentials, of which there is one an
 // arc and one more for these. M_t is subtracted where alpha is read, which saves a barrier. Cost a step, N^2 arcs: an
 // exponential, 2 maxima, 5 additions an arc, 4 (8 in float64) bytes read, and 16 N bytes; rows of more than 128 are cut
-// into tiles, whose sums are added up in shared memory. Barriers a step: 1 and one a chunk of 10 KB: 2 for N up to 50
+// into tiles, where a sum goes on from tile to tile. Barriers a step: 1 and one a chunk of 10 KB: 2 for N up to 50
 // in float32, 8 for 128. The join reads N^2 arcs twice, one block a sequence.
 // Limits: N at most HMM_CUDA_MOST_STATES_VARYING, T none. Shared memory within 48 KB. Compiled and executed on the CPU,
 // not timed.
