@@ -28,17 +28,17 @@ template <class Real> bool in_steps(const hmm_problem &p) {
 bool summed_over_batch(const hmm_problem &p) { return !p.time_varying && !p.transition_batch_stride; }
 bool in_blocks(const hmm_problem &p) { return summed_over_batch(p) && count_blocks(p) > 1; }
 
-// What a pass works in, from the workspace's start on: what the scaled kernels need, then blocks of N^2 counts to be
-// added up.
+// What a pass works in, from the workspace's start on: what the sweeps need, then blocks of N^2 counts to be added up.
 template <class Real> struct Workspace {
-  size_t for_scaled = 0, blocks = 0;
+  size_t for_sweeps = 0, blocks = 0;
   Workspace(const hmm_problem &p, bool backward) {
-    if (scaled<Real>(p)) for_scaled = scaled_workspace<Real>(p, backward);
-    if (in_steps<Real>(p)) for_scaled = steps_workspace<Real>(p, backward);
-    for_scaled = (for_scaled + 15) / 16 * 16;
+    if (scaled<Real>(p)) for_sweeps = scaled_workspace<Real>(p, backward);
+    if (in_steps<Real>(p)) for_sweeps = steps_workspace<Real>(p, backward);
+    if (p.time_varying && !backward) for_sweeps = log_space_workspace(p);
+    for_sweeps = (for_sweeps + 15) / 16 * 16;
     if (backward && in_blocks(p)) blocks = size_t(count_blocks(p));
   }
-  size_t bytes(const hmm_problem &p) const { return for_scaled + blocks * size_t(p.states * p.states) * sizeof(Real); }
+  size_t bytes(const hmm_problem &p) const { return for_sweeps + blocks * size_t(p.states * p.states) * sizeof(Real); }
 };
 
 template <class Real>
@@ -55,7 +55,7 @@ int forward(const hmm_problem *p, Real *log_partition, Real *alpha, Real *norm, 
             void *workspace, void *stream) {
   if (!valid(p)) return HMM_INVALID_ARGUMENT;
   if (p->batch == 0) return HMM_OK;
-  if (p->time_varying) return log_space_forward(*p, log_partition, alpha, norm, centre, method, stream);
+  if (p->time_varying) return log_space_forward(*p, log_partition, alpha, norm, centre, method, workspace, stream);
   if (!scaled<Real>(*p)) return redo_forward(*p, true, log_partition, alpha, norm, centre, method, stream);
   const int status = scaled_forward(*p, log_partition, alpha, norm, centre, method, workspace, stream);
   return status ? status : redo_forward(*p, false, log_partition, alpha, norm, centre, method, stream);
@@ -70,7 +70,7 @@ int finish(const hmm_problem &p, const Real *u, const Real *grad, const Real *lo
   const int64_t arcs = p.states * p.states, blocks = count_blocks(p);
   Real *counted = edge;
   if (edge && in_blocks(p))
-    counted = reinterpret_cast<Real *>(static_cast<char *>(workspace) + Workspace<Real>(p, true).for_scaled);
+    counted = reinterpret_cast<Real *>(static_cast<char *>(workspace) + Workspace<Real>(p, true).for_sweeps);
   int status = redo_backward(p, grad, log_partition, alpha, norm, centre, method, state, stream);
   if (status || !edge) return status;
   if (u) status = counts(p, grad, alpha, norm, u, method, counted, workspace, stream);
@@ -93,7 +93,8 @@ int backward(const hmm_problem *p, const Real *grad, const Real *log_partition, 
   if (p->batch == 0)
     return edge && summed_over_batch(*p) ? fill_zeros(edge, size_t(p->states * p->states) * sizeof(Real), stream)
                                          : HMM_OK;
-  if (p->time_varying) return log_space_backward(*p, grad, log_partition, alpha, norm, centre, state, edge, stream);
+  if (p->time_varying)
+    return log_space_backward(*p, grad, log_partition, alpha, norm, centre, method, state, edge, stream);
   const Real *u = nullptr;
   if (scaled<Real>(*p)) {
     const int status = scaled_backward(*p, grad, alpha, norm, centre, method, state, workspace, stream);

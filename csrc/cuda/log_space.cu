@@ -1,87 +1,93 @@
-// Forward-backward in log space, for transitions that vary over time.
+// Forward pass in log space, for transitions that vary over time; log_space_back.cu has the backward pass.
 //
 //   c_t(j)     = max_i [alpha_{t-1}(i) + phi_t(i, j)]
 //   norm_t(j)  = c_t(j) - C_t + log sum_i exp(alpha_{t-1}(i) + phi_t(i, j) - c_t(j)),        C_t = max_j c_t(j)
 //   alpha_t(j) = norm_t(j) + (e_t(j) - max e_t) - M_t,                                      max_j alpha_t(j) = 0
 //   log Z      = log sum_j exp(alpha_{L-1}(j) + f(j)) + sum_t (C_t + max e_t + M_t)         (the sum in float64)
-//   p(z_{t-1} = i, z_t = j | x) = exp(phi_t(i, j) - C_t - u_t(j) + alpha_{t-1}(i)),
-//   u_t(j) = norm_t(j) - log gamma_t(j)
-//   gamma_{t-1}(i) = sum_j p(z_{t-1} = i, z_t = j | x) / what these sum to over i
 //
 // (csrc/cpu/log_space.h: every difference is between numbers of like size, messages are centred at every step.)
 //
-// A block goes through the frames of one sequence; scores pass through shared memory (staging.h). Forward, N / 32 warps
-// or more hold a column a thread, several threads a column for N up to 256; a thread takes eight arcs at once (four in
-// float64), their maximum before their exponentials, of which there is one an arc and one more for these. Backward, up
-// to 32 lanes go along a row, four rows at once. M_t is subtracted where alpha is read, which saves a barrier.
-// Cost a step, N^2 arcs, forward: an exponential, 2 maxima, 5 additions an arc, 4 (8 in float64) bytes read, and 16 N
-// bytes; backward: an exponential, 4 additions, a product, 4 bytes read, 4 written where edges are asked for. Barriers
-// a step: 1 and one a chunk of 10 KB: 2 for N up to 50 in float32, 8 for 128.
+// From both ends, with m = (L + 1) / 2, one block walks frames 0 to m-1, another one L-1 to m, against the arcs:
+//
+//   norm_t(i)  = log sum_j exp(phi_{t+1}(i, j) + alpha_{t+1}(j)) - C_t, and alpha_t of it as above; norm_{L-1} = 0, and
+//                final scores are among frame L-1's
+//   log Z      = J + log S + sum_t (C_t + max e_t + M_t),   J = max_ij [alpha_{m-1}(i) + phi_m(i, j) + alpha_m(j)],
+//   S          = sum_ij exp(alpha_{m-1}(i) + phi_m(i, j) + alpha_m(j) - J)                  (join_kernel)
+//
+// Scores pass through shared memory (staging.h). From the front, N / 32 warps or more hold a column a thread, several
+// threads a column for N up to 256; from the end, up to 32 lanes go along a row, as many as a chunk's rows leave. A
+// thread takes eight arcs at once (four in float64), their maximum before their exponentials, of which there is one an
+// arc and one more for these. M_t is subtracted where alpha is read, which saves a barrier. Cost a step, N^2 arcs: an
+// exponential, 2 maxima, 5 additions an arc, 4 (8 in float64) bytes read, and 16 N bytes; rows of more than 128 are cut
+// into tiles, where a sum goes on from tile to tile. Barriers a step: 1 and one a chunk of 10 KB: 2 for N up to 50
+// in float32, 8 for 128. The join reads N^2 arcs twice, one block a sequence.
 // Limits: N at most HMM_CUDA_MOST_STATES_VARYING, T none. Shared memory within 48 KB. Compiled and executed on the CPU,
 // not timed.
 #include "kernels.h"
 #include "staging.h"
+#include "walks.h"
 
 namespace hmm {
 namespace {
 
-constexpr int kTiledThreads = 256, kBackwardTile = 128;  // narrower tiles: a row's columns are shared by lanes
+constexpr int kRowTile = 128;  // columns: narrower tiles, since a row's columns are shared by lanes
+constexpr int kJoinThreads = 256;
+// Threads at most of a block of halves_kernel: in float64, where rows are whole, 512 spill.
+template <class Real, bool Large, bool RowTiles>
+constexpr int kHalfThreads = Large ? kTile : RowTiles || sizeof(Real) == 4 ? kMostThreads : 384;
 
-// ---- forward
-
-// One more batch of rows for a column: (top, sum) = their log-sum, sum * exp(top), with those of rows `group`, group +
-// groups, ... of a chunk. Messages are `middle` above what they should be.
-template <class Real, bool Tiled>
-__device__ __forceinline__ void log_sum_rows(const Chunk<Real, Tiled> &c, const Real *messages, Real middle, int group,
-                                             int groups, int column, Real &top, Real &sum) {
+// One more batch of arcs into (from the end: out of) a state: (top, sum) = their log-sum, sum * exp(top), with those of
+// `count` that are this thread's: `share`, share + shares, ... Messages are `middle` above what they should be.
+template <class Real, class Scores>
+__device__ __forceinline__ void log_sum_arcs(const Scores &scores, const Real *messages, Real middle, int share,
+                                             int shares, int count, Real &top, Real &sum) {
   constexpr int kBatch = sizeof(Real) == 4 ? 8 : 4;
 #pragma unroll 1
-  for (int first = group; first < c.rows; first += kBatch * groups) {
+  for (int first = share; first < count; first += kBatch * shares) {
     Real x[kBatch], a[kBatch], larger = top;
 #pragma unroll
     for (int k = 0; k < kBatch; k++) {
-      const int r = first + k * groups;
+      const int r = first + k * shares;
       x[k] = negative_infinity<Real>(), a[k] = 0;
-      if (r < c.rows) x[k] = c[r][column + (HMM_MUTATION == 2)], a[k] = messages[c.row + r] - middle;
+      if (r < count) x[k] = scores(r), a[k] = messages[r] - middle;
       larger = fmax(larger, x[k] + a[k]);
     }
     const Real from = or_zero(larger);
     sum *= exp(top - from);
 #pragma unroll
     for (int k = 0; k < kBatch; k++)
-      if (first + k * groups < c.rows) sum += exp((x[k] - from) + a[k]);
+      if (first + k * shares < count) sum += exp((x[k] - from) + a[k]);
     top = larger;
   }
 }
 
 // What a block keeps in shared memory beside the ring.
-template <class Real, bool Tiled> struct ForwardMemory {
+template <class Real, bool Large> struct ForwardMemory {
   Real *messages;                   // norm_t + emissions, before M_t is taken out
-  Real *partial_top, *partial_sum;  // of each thread, where it has a column to share
+  Real *partial_top, *partial_sum;  // of each thread, or row
   Real *tops_c, *tops_alpha, *tops_frame;
-  double *totals;
+  double *totals, *taken;  // of each warp; what has been taken out, thread 0's
 
   __device__ __forceinline__ ForwardMemory(unsigned char *&memory, int N, int threads) {
     messages = carve<Real>(memory, N);
-    partial_top = Tiled ? nullptr : carve<Real>(memory, threads),
-    partial_sum = Tiled ? nullptr : carve<Real>(memory, threads);
+    partial_top = Large ? nullptr : carve<Real>(memory, threads),
+    partial_sum = Large ? nullptr : carve<Real>(memory, threads);
     tops_c = carve<Real>(memory, threads / kWarp), tops_alpha = carve<Real>(memory, threads / kWarp);
     tops_frame = carve<Real>(memory, 2 * (threads / kWarp));
-    totals = carve<double>(memory, threads / kWarp);
+    totals = carve<double>(memory, threads / kWarp), taken = carve<double>(memory, 1);
   }
   static size_t bytes(int64_t N, int threads) {
     const int warps = threads / kWarp;
-    return carved<Real>(N) + (Tiled ? 0 : 2 * carved<Real>(threads)) + 2 * carved<Real>(warps) +
-           carved<Real>(2 * warps) + carved<double>(warps);
+    return carved<Real>(N) + (Large ? 0 : 2 * carved<Real>(threads)) + 2 * carved<Real>(warps) +
+           carved<Real>(2 * warps) + carved<double>(warps) + carved<double>(1);
   }
 };
 
-// The arcs into frame t, of which the first chunk is here: to partial_top and partial_sum, or where a column is one
-// thread's, c_t to norm and the logarithm of the sum to alpha, until C_t is known. Returns the largest c_t of the
-// thread's.
+// The arcs into a frame, of which the first chunk is here, by columns: each thread's maximum and sum to `tops` and
+// `sums`, where there are tiles each column's. Returns the largest maximum of the thread's.
 template <class Real, bool Tiled>
-__device__ __forceinline__ Real sweep(Ring<Real, Tiled> &ring, Chunk<Real, Tiled> chunk, const Real *arcs, Real middle,
-                                      const ForwardMemory<Real, Tiled> &held, Real *norm, Real *alpha) {
+__device__ __forceinline__ Real sweep_columns(Ring<Real, Tiled> &ring, Chunk<Real, Tiled> chunk, const Real *arcs,
+                                              const Real *messages, Real middle, Real *tops, Real *sums) {
   const Tiling &o = ring.o;
   const int thread = threadIdx.x, group = Tiled ? 0 : thread / o.states, column = Tiled ? thread : thread % o.states;
   Real top_c = negative_infinity<Real>();
@@ -91,36 +97,75 @@ __device__ __forceinline__ Real sweep(Ring<Real, Tiled> &ring, Chunk<Real, Tiled
 #pragma unroll 1
     for (int n = 0; n < o.chunks; n++) {
       if (tile + n > 0) chunk = ring.arrive(arcs, tile, n);
-      if (group < o.groups && column < chunk.columns)
-        log_sum_rows(chunk, held.messages, middle, group, o.groups, column, top, sum);
+      if (group >= o.groups || column >= chunk.columns) continue;
+      const auto scores = [&](int r) { return chunk[r][column + (HMM_MUTATION == 2)]; };
+      log_sum_arcs(scores, messages + chunk.row, middle, group, o.groups, chunk.rows, top, sum);
     }
     top_c = fmax(top_c, top);
-    if (!Tiled) held.partial_top[thread] = top, held.partial_sum[thread] = sum;
-    else if (column < chunk.columns) {
-      norm[chunk.column + column] = top;
-      alpha[chunk.column + column] = sum == 0 ? Real(0) : log(sum);
-    }
+    if (!Tiled) tops[thread] = top, sums[thread] = sum;
+    else if (column < chunk.columns) tops[chunk.column + column] = top, sums[chunk.column + column] = sum;
   }
   return top_c;
 }
 
-// The groups' sums of column j together: c_t(j) and the logarithm of the sum, 0 where that is of nothing.
+// Lanes that share a row: as many as leave no row of a chunk for a second round.
+__device__ __forceinline__ int lanes_of_rows(const Tiling &o) {
+  int lanes = kWarp;
+  while (lanes > 1 && lanes * o.rows > int(blockDim.x)) lanes /= 2;
+  return lanes;
+}
+
+// The same by rows, of which `lanes` lanes have one together: each row's to `tops` and `sums`, where a tile goes on
+// from what the one before it left.
+template <class Real, bool Tiled>
+__device__ __forceinline__ Real sweep_rows(Ring<Real, Tiled> &ring, Chunk<Real, Tiled> chunk, const Real *arcs,
+                                           const Real *messages, Real middle, Real *tops, Real *sums, int lanes) {
+  const Tiling &o = ring.o;
+  const int rows_at_once = blockDim.x / lanes, lane = int(threadIdx.x) & (lanes - 1);
+  Real top_c = negative_infinity<Real>();
+#pragma unroll 1
+  for (int tile = 0; tile < o.tiles; tile++)
+#pragma unroll 1
+    for (int n = 0; n < o.chunks; n++) {
+      if (tile + n > 0) chunk = ring.arrive(arcs, tile, n);
+#pragma unroll 1
+      for (int first = 0; first < chunk.rows; first += rows_at_once) {
+        const int r = first + threadIdx.x / lanes, row = chunk.row + r;
+        Real top = negative_infinity<Real>(), sum = 0;
+        if (Tiled && tile > 0 && lane == 0 && r < chunk.rows) top = tops[row], sum = sums[row];
+        if (r < chunk.rows) {
+          const Real *const of_row = chunk[r];
+          const auto scores = [&](int j) { return of_row[j]; };
+          log_sum_arcs(scores, messages + chunk.column, middle, lane, lanes, chunk.columns, top, sum);
+        }
+        Real c = top;
+#pragma unroll 1
+        for (int k = lanes / 2; k > 0; k /= 2) c = fmax(c, __shfl_xor_sync(kAllLanes, c, k));
+        sum *= exp(top - or_zero(c));
+#pragma unroll 1
+        for (int k = lanes / 2; k > (HMM_MUTATION == 9); k /= 2) sum += __shfl_xor_sync(kAllLanes, sum, k);
+        top_c = fmax(top_c, c);
+        if (lane == 0 && r < chunk.rows) tops[row] = c, sums[row] = sum;
+      }
+    }
+  return top_c;
+}
+
+// The groups' sums of state j together: c_t(j) and the logarithm of the sum, 0 where that is of nothing.
 template <class Real>
-__device__ __forceinline__ Real combine(const Real *partial_top, const Real *partial_sum, int groups, int N, int j,
-                                        Real &log_sum) {
+__device__ __forceinline__ Real combine(const Real *tops, const Real *sums, int groups, int N, int j, Real &log_sum) {
   Real c = negative_infinity<Real>(), sum = 0;
-#pragma unroll 4
-  for (int g = 0; g < groups; g++) c = fmax(c, partial_top[g * N + j]);
-#pragma unroll 4
-  for (int g = 0; g < groups; g++) sum += partial_sum[g * N + j] * exp(partial_top[g * N + j] - or_zero(c));
+#pragma unroll(sizeof(Real) == 4 ? 4 : 2)
+  for (int g = 0; g < groups; g++) c = fmax(c, tops[g * N + j]);
+#pragma unroll(sizeof(Real) == 4 ? 4 : 2)
+  for (int g = 0; g < groups; g++) sum += sums[g * N + j] * exp(tops[g * N + j] - or_zero(c));
   log_sum = sum == 0 ? Real(0) : log(sum);
   return c;
 }
 
-// log Z, for thread 0: from the last frame's messages, its M and what has been taken out.
-template <class Real, bool Tiled>
-__device__ __forceinline__ double finish(const ForwardMemory<Real, Tiled> &held, int N, int64_t length, Real middle,
-                                         double offset) {
+// log Z of a whole sequence, for thread 0: from the last frame's messages, its M and what has been taken out.
+template <class Real, bool Large>
+__device__ __forceinline__ double finish(const ForwardMemory<Real, Large> &held, int N, int64_t length, Real middle) {
   const int thread = threadIdx.x, warps = blockDim.x / kWarp;
   const bool feasible = middle - middle == 0;
   double total = 0;
@@ -130,41 +175,53 @@ __device__ __forceinline__ double finish(const ForwardMemory<Real, Tiled> &held,
   total = warp_sum(total);
   if (thread % kWarp == 0) held.totals[thread / kWarp] = total;
   __syncthreads();
-  if (thread == 0)
+  if (thread != 0) return 0;  // no barrier follows
 #pragma unroll 1
-    for (int w = 1; w < warps; w++) total += held.totals[w];
+  for (int w = 1; w < warps; w++) total += held.totals[w];
   if (length == 0) return 0;
-  if (feasible) return offset + log(total);
+  if (feasible) return *held.taken + log(total);
   return middle == negative_infinity<Real>() ? double(middle) : double(middle - middle);
 }
 
-template <class Real, bool Tiled>
-__global__ void __launch_bounds__(Tiled ? kTile : kMostThreads, kBlocks<Real>)
-    forward_kernel(hmm_problem p, Tiling o, Real *log_partition, Real *alpha, Real *norm, Real *centre,
-                   int32_t *method) {
-  const int64_t b = blockIdx.x;
-  HMM_SHARED_MEMORY(memory);
-  const int N = o.states, thread = threadIdx.x, threads = blockDim.x, warps = threads / kWarp;
-  Ring<Real, Tiled> ring(o, memory);
-  const ForwardMemory<Real, Tiled> held(memory, N, threads);
-  const Sequence<Real> q(p, b);
-  alpha += b * p.time * N, norm += b * p.time * N, centre += b * p.time;
+template <class Real>
+__device__ __forceinline__ void clear(int64_t from, int64_t frames, int64_t N, Real *alpha, Real *norm, Real *centre) {
+  set(alpha + from * N, frames * N, Real(0));
+  set(norm + from * N, frames * N, Real(0));
+  set(centre + from, frames, Real(0));
+}
 
-  double offset = 0;  // of thread 0
-  Real middle = 0;    // M of the frame before
-  int64_t t = 0;
-  ring.start(q.arcs(1), q.stride, q.length - 1);
+// One walk of a sequence from one end; `alpha`, `norm` and `centre` are the sequence's. Returns, for thread 0, log Z
+// where the walk goes through all of it, else what has been taken out: -inf where no path is left.
+template <bool FromEnd, class Real, bool Large, bool Tiled>
+__device__ __forceinline__ double forward_walk(const Tiling &o, unsigned char *memory, const Sequence<Real> &q,
+                                               bool both, Real *alpha, Real *norm, Real *centre) {
+  constexpr int kStep = FromEnd ? -1 : 1;
+  constexpr bool kAhead = !Large && !Tiled;  // where a step is short, and a column one thread's
+  const int N = o.states, thread = threadIdx.x, threads = blockDim.x, warps = threads / kWarp;
+  const int groups = FromEnd ? 1 : o.groups, lanes = FromEnd ? lanes_of_rows(o) : 1;
+  Ring<Real, Tiled> ring(o, memory);
+  const ForwardMemory<Real, Large> held(memory, N, threads);
+  const Walk walk = walk_from_ends(q.length, both, FromEnd);
+  const int64_t end = walk.first + kStep * walk.frames;  // behind the last frame
+
+  Real middle = 0;  // M of the frame before
+  if (thread == 0) *held.taken = 0;
+  int64_t t = walk.first;
+  ring.start(q.arcs(FromEnd ? t : 1), kStep * q.stride, walk.frames - 1);
   Chunk<Real, Tiled> chunk = {};
-  Real ahead = q.next_emission(0);
-  for (bool goes_on = q.length > 0; goes_on; t++) {
-    Frame<Real> frame(q, t, !Tiled, ahead);
-    ahead = Tiled ? Real(0) : q.next_emission(t + 1);
+  Real ahead = q.next_emission(t);
+  for (bool goes_on = walk.frames > 0; goes_on; t += kStep) {
+    Frame<Real> frame(q, t, kAhead, ahead);
+    ahead = kAhead ? q.next_emission(t + kStep) : Real(0);
     Real *const norm_t = norm + t * N, *const alpha_t = alpha + t * N;
-    Real top_c = negative_infinity<Real>();
-    if (t > 0) top_c = sweep(ring, chunk, q.arcs(t), middle, held, norm_t, alpha_t);
-    else
+    Real *const tops = Large ? norm_t : held.partial_top, *const sums = Large ? alpha_t : held.partial_sum;
+    Real top_c = FromEnd ? Real(0) : negative_infinity<Real>();
+    if (t == walk.first) {
+      if (!FromEnd)
 #pragma unroll 1
-      for (int j = thread; j < N; j += threads) top_c = fmax(top_c, q.initial[j]);
+        for (int j = thread; j < N; j += threads) top_c = fmax(top_c, q.initial[j]);
+    } else if (FromEnd) top_c = sweep_rows(ring, chunk, q.arcs(t + 1), held.messages, middle, tops, sums, lanes);
+    else top_c = sweep_columns(ring, chunk, q.arcs(t), held.messages, middle, tops, sums);
     top_c = warp_max(top_c);
     if (thread % kWarp == 0) held.tops_c[thread / kWarp] = top_c;
     frame.share(held.tops_frame);
@@ -177,197 +234,157 @@ __global__ void __launch_bounds__(Tiled ? kTile : kMostThreads, kBlocks<Real>)
 #pragma unroll 1
     for (int j = thread; j < N; j += threads) {
       Real c, log_sum = 0;
-      if (t == 0) c = q.initial[j];
-      else if (Tiled) c = norm_t[j], log_sum = alpha_t[j];
-      else c = combine(held.partial_top, held.partial_sum, o.groups, N, j, log_sum);
-      const Real normal = (c - C) + log_sum, message = frame.template added<Tiled>(normal, j);
+      if (t == walk.first) c = FromEnd ? Real(0) : q.initial[j];
+      else c = combine(tops, sums, groups, N, j, log_sum);
+      const Real normal = (c - C) + log_sum, message = frame.template added<Large>(normal, j);
       norm_t[j] = normal, held.messages[j] = message;
       largest = larger_or_nan(largest, message);
     }
     largest = warp_larger_or_nan(largest);
     if (thread % kWarp == 0) held.tops_alpha[thread / kWarp] = largest;
-    const bool last = t + 1 == q.length;
+    const bool last = t + kStep == end;
     if (last) __syncthreads();
-    else chunk = ring.arrive(q.arcs(t + 1), 0, 0);
+    else chunk = ring.arrive(q.arcs(FromEnd ? t : t + 1), 0, 0);
     middle = largest_of(held.tops_alpha, warps);
     const bool feasible = middle - middle == 0;
     goes_on = feasible && !last;
 #pragma unroll 1
     for (int j = thread; j < N; j += threads) alpha_t[j] = feasible ? held.messages[j] - middle : held.messages[j];
-    if (thread == 0) centre[t] = C, offset += double(C) + double(frame.top_e) + double(frame.top_f) + double(middle);
+    if (thread != 0) continue;
+    centre[t] = C;
+    *held.taken += double(C) + double(frame.top_e) + double(frame.top_f) + double(middle);
   }
   ring.stop();
-  set(alpha + t * N, (p.time - t) * N, Real(0));
-  set(norm + t * N, (p.time - t) * N, Real(0));
-  set(centre + t, p.time - t, Real(0));
-  const double z = finish(held, N, q.length, middle, offset);
-  if (thread == 0) log_partition[b] = Real(z), method[b] = HMM_LOG_SPACE;
+  // Frames that no path reaches.
+  const int64_t from = FromEnd ? end + 1 : t, left = FromEnd ? t - end : end - t;
+  clear(from, left, N, alpha, norm, centre);
+  return walk.frames == q.length ? finish(held, N, q.length, middle) : thread == 0 ? *held.taken : 0;
 }
 
-// ---- backward
-
-template <class Real> size_t backward_fixed(int threads, int64_t N, bool tiled) {
-  return (tiled ? 1 : 3) * carved<Real>(N) + carved<Real>(threads / kWarp);
-}
-
-// Posteriors of the arcs of a chunk, times grad, to `edge` (null for none), and their sums over the chunk's columns,
-// added to `previous` but for the first tile. A row belongs to `lanes` lanes; returns what this thread's rows sum to.
-template <class Real, bool Tiled>
-__device__ __forceinline__ Real posterior_rows(const Chunk<Real, Tiled> &c, const Real *messages, const Real *u, Real C,
-                                               Real grad, int lanes, Real *previous, Real *edge) {
-  constexpr int kBatch = 4;
-  const int rows_at_once = blockDim.x / lanes, lane = int(threadIdx.x) & (lanes - 1);
-  Real all = 0;
-#pragma unroll 1
-  for (int first = 0; first < c.rows; first += kBatch * rows_at_once) {
-    const int mine = first + threadIdx.x / lanes;
-    Real a[kBatch], sum[kBatch];
-#pragma unroll
-    for (int k = 0; k < kBatch; k++) {
-      const int r = mine + k * rows_at_once;
-      a[k] = r < c.rows ? messages[c.row + r] : Real(0), sum[k] = 0;
-    }
-#pragma unroll 1
-    for (int j = lane; j < c.columns; j += lanes) {
-      const Real u_j = u[c.column + j];
-#pragma unroll
-      for (int k = 0; k < kBatch; k++) {
-        const int r = mine + k * rows_at_once;
-        if (r >= c.rows) continue;
-        const Real probability = exp(((c[r][j] - C) - u_j) + a[k]);
-        sum[k] += probability;
-        if (edge) edge[int64_t(c.row + r) * c.states + c.column + j] = grad * probability;
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kBatch; k++) {
-      const int r = mine + k * rows_at_once;
-#pragma unroll 1
-      for (int n = lanes / 2; n > 0; n /= 2) sum[k] += __shfl_xor_sync(kAllLanes, sum[k], n);
-      if (r >= c.rows) continue;
-      all += sum[k];
-      if (lane == 0) previous[c.row + r] = Tiled && c.column > 0 ? previous[c.row + r] + sum[k] : sum[k];
-    }
-  }
-  return all;
-}
-
-template <class Real, bool Tiled> struct Backward {
-  const hmm_problem &p;
-  const Tiling &o;
-  Ring<Real, Tiled> ring;
-  Real *const u, *const shared_messages, *const shared_previous, *const warp_sums;
-  int lanes;  // that share a row
-
-  __device__ __forceinline__ Backward(const hmm_problem &problem, const Tiling &tiling, unsigned char *memory)
-      : p(problem),
-        o(tiling),
-        ring(tiling, memory),
-        u(carve<Real>(memory, o.states)),
-        shared_messages(Tiled ? nullptr : carve<Real>(memory, o.states)),
-        shared_previous(Tiled ? nullptr : carve<Real>(memory, o.states)),
-        warp_sums(carve<Real>(memory, blockDim.x / kWarp)) {
-    for (lanes = 1; lanes < o.width && lanes < kWarp;) lanes *= 2;
-  }
-
-  // alpha, norm, centre, state, edge (null to skip): of the sequence.
-  __device__ __forceinline__ void walk(const Sequence<Real> &q, Real grad, const Real *alpha, const Real *norm,
-                                       const Real *centre, Real *state, Real *edge) {
-    const int N = o.states, thread = threadIdx.x, threads = blockDim.x;
-    int64_t t = q.length - 1;
-    ring.start(t > 0 ? q.arcs(t) : q.transition, -q.stride, t);
-    Real sum = 0, norm_j = 0, alpha_j = 0;  // the thread's rows; its column's, where that is one
-    Real *previous = Tiled ? state + t * N : shared_previous;
-#pragma unroll 1
-    for (int j = thread; j < N; j += threads) sum += previous[j] = exp(alpha[t * N + j]);
-    sum = warp_sum(sum);
-    for (;; t--) {
-      if (thread % kWarp == 0) warp_sums[thread / kWarp] = sum;
-      const Real C = centre[t];
-      if (!Tiled && thread < N && t > 0) norm_j = norm[t * N + thread], alpha_j = alpha[(t - 1) * N + thread];
-      __syncthreads();
-      // The mass of gamma is exact: normalising it here keeps rounding errors from adding up over time.
-      const Real scale = 1 / sum_of(warp_sums, threads / kWarp);
-#pragma unroll 1
-      for (int j = thread; j < N; j += threads) {
-        const Real gamma = previous[j] * scale;
-        state[t * N + j] = gamma * grad;
-        if (t == 0) continue;
-        u[j] = gamma == 0 ? Real(1e37) : (Tiled ? norm[t * N + j] : norm_j) - log(gamma);
-        if (!Tiled) shared_messages[j] = alpha_j;
-      }
-      if (t == 0) break;
-      const Real *const messages = Tiled ? alpha + (t - 1) * N : shared_messages;
-      previous = Tiled ? state + (t - 1) * N : shared_previous;
-      sum = 0;
-#pragma unroll 1
-      for (int tile = 0; tile < o.tiles; tile++)
-#pragma unroll 1
-        for (int n = 0; n < o.chunks; n++) {
-          const Chunk<Real, Tiled> chunk = ring.arrive(q.arcs(t), tile, n);
-          sum += posterior_rows(chunk, messages, u, C, grad, lanes, previous, edge ? edge + (t - 1) * N * N : nullptr);
-        }
-#pragma unroll 1
-      for (int n = lanes; n < kWarp; n *= 2) sum += __shfl_xor_sync(kAllLanes, sum, n);
-    }
-  }
-};
-
-template <class Real, bool Tiled>
-__global__ void __launch_bounds__(Tiled ? kTiledThreads : kMostThreads, (Tiled ? 2 : 1) * kBlocks<Real>)
-    backward_kernel(hmm_problem p, Tiling o, const Real *grad, const Real *log_partition, const Real *alpha,
-                    const Real *norm, const Real *centre, Real *state, Real *edge) {
+// Whole sequences from the front, a block each.
+template <class Real, bool Large>
+__global__ void __launch_bounds__(Large ? kTile : kMostThreads, kBlocks<Real>)
+    forward_kernel(hmm_problem p, Tiling o, Real *log_partition, Real *alpha, Real *norm, Real *centre,
+                   int32_t *method) {
   HMM_SHARED_MEMORY(memory);
-  Backward<Real, Tiled> backward(p, o, memory);
-  const int64_t b = blockIdx.x, T = p.time, N = o.states, steps = T > 1 ? T - 1 : 0;
+  const int64_t b = blockIdx.x, T = p.time, N = p.states;
   const Sequence<Real> q(p, b);
-  const Real z = log_partition[b], g = grad[b];
-  const int64_t used = q.length > 1 ? q.length - 1 : 0;
-  state += b * T * N;
-  if (edge) edge += b * steps * N * N;
-  const bool infeasible = z == negative_infinity<Real>(), invalid = z - z != 0 && !infeasible;
-  if (invalid || infeasible || g == 0 || q.length == 0) {
-    const Real value = invalid ? z - z : Real(0);
-    set(state, q.length * N, value);
-    if (edge) set(edge, used * N * N, value);
-  } else backward.walk(q, g, alpha + b * T * N, norm + b * T * N, centre + b * T, state, edge);
-  set(state + q.length * N, (T - q.length) * N, Real(0));
-  if (edge) set(edge + used * N * N, (steps - used) * N * N, Real(0));
-  backward.ring.stop();
+  alpha += b * T * N, norm += b * T * N, centre += b * T;
+  const double z = forward_walk<false, Real, Large, Large>(o, memory, q, false, alpha, norm, centre);
+  clear(q.length, T - q.length, N, alpha, norm, centre);
+  if (threadIdx.x == 0) log_partition[b] = Real(z), method[b] = HMM_LOG_SPACE;
+}
+
+// Two blocks a sequence, each of which has half of the frames. RowTiles: rows in tiles.
+template <class Real, bool Large, bool RowTiles>
+__global__ void __launch_bounds__(kHalfThreads<Real, Large, RowTiles>, 1)
+    halves_kernel(hmm_problem p, Tiling of_columns, Tiling of_rows, Real *log_partition, Real *alpha, Real *norm,
+                  Real *centre, int32_t *method, double *taken) {
+  HMM_SHARED_MEMORY(memory);
+  const int64_t b = blockIdx.x, T = p.time, N = p.states;
+  const Sequence<Real> q(p, b);
+  alpha += b * T * N, norm += b * T * N, centre += b * T;
+  if (blockIdx.y == 1) {  // the whole block
+    if (q.length < 2) return;
+    const double out = forward_walk<true, Real, Large, RowTiles>(of_rows, memory, q, true, alpha, norm, centre);
+    if (threadIdx.x == 0) taken[2 * b + 1] = out;
+    return;
+  }
+  const double out = forward_walk<false, Real, Large, Large>(of_columns, memory, q, true, alpha, norm, centre);
+  clear(q.length, T - q.length, N, alpha, norm, centre);
+  if (threadIdx.x != 0) return;
+  method[b] = HMM_BOTH_ENDS;
+  if (q.length < 2) log_partition[b] = Real(out);
+  else taken[2 * b] = out;
+}
+
+// log Z where the halves meet; J and log S in place of the centres of frames 0 and L-1, which nothing needs. A warp a
+// row.
+template <class Real>
+__global__ void __launch_bounds__(kJoinThreads, 1)
+    join_kernel(hmm_problem p, Real *log_partition, const Real *alpha, Real *centre, const double *taken) {
+  HMM_SHARED_MEMORY(memory);
+  constexpr int kWarps = kJoinThreads / kWarp;
+  Real *const tops = carve<Real>(memory, kWarps);
+  double *const sums = carve<double>(memory, kWarps);
+  const int64_t b = blockIdx.x;
+  const int N = int(p.states), lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const Sequence<Real> q(p, b);
+  const int64_t m = meeting(q.length, true);
+  if (m == q.length) return;  // the whole block
+  const Real *const before = alpha + (b * p.time + m - 1) * N, *const behind = before + (HMM_MUTATION == 8 ? 0 : N);
+  const Real *const arcs = q.arcs(m);
+  Real top = negative_infinity<Real>();
+  for (int i = warp; i < N; i += kWarps)
+#pragma unroll 4
+    for (int j = lane; j < N; j += kWarp) top = fmax(top, arcs[int64_t(i) * N + j] + (before[i] + behind[j]));
+  top = warp_max(top);
+  if (lane == 0) tops[warp] = top;
+  __syncthreads();
+  const Real J = or_zero(largest_of(tops, kWarps));
+  double total = 0;
+  for (int i = warp; i < N; i += kWarps) {
+    Real sum = 0;
+#pragma unroll 4
+    for (int j = lane; j < N; j += kWarp) sum += exp((arcs[int64_t(i) * N + j] - J) + (before[i] + behind[j]));
+    total += double(sum);
+  }
+  total = warp_sum(total);
+  if (lane == 0) sums[warp] = total;
+#if HMM_MUTATION != 10
+  __syncthreads();
+#endif
+  if (threadIdx.x != 0) return;  // no barrier follows
+  for (int w = 1; w < kWarps; w++) total += sums[w];
+  centre += b * p.time;
+  centre[0] = J, centre[q.length - 1] = Real(log(total));
+  log_partition[b] = Real(taken[2 * b] + taken[2 * b + 1] + double(J) + log(total));
 }
 
 }  // namespace
 
+size_t log_space_workspace(const hmm_problem &p) { return 2 * sizeof(double) * size_t(p.batch); }
+
+template <class Real, bool Large, bool RowTiles>
+static int halves_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Real *norm, Real *centre,
+                          int32_t *method, double *taken, void *stream) {
+  constexpr int kMost = kHalfThreads<Real, Large, RowTiles>, kWarps = kJoinThreads / kWarp;
+  const auto fixed = ForwardMemory<Real, Large>::bytes;
+  const Tiling columns = tiling_of<Real>(p.states, kMost, kMostThreads, kTile, fixed(p.states, kMost));
+  const int threads = columns.threads;
+  const Tiling rows =
+      RowTiles ? tiling_of<Real>(p.states, threads, kRowTile, kRowTile, fixed(p.states, kMost)) : columns;
+  const size_t bytes = max(Ring<Real, Large>::bytes(columns), Ring<Real, RowTiles>::bytes(rows));
+  const dim3 walks(unsigned(p.batch), 2);
+  const int status =
+      launch(halves_kernel<Real, Large, RowTiles>, walks, threads, bytes + fixed(p.states, threads), stream, p, columns,
+             rows, log_partition, alpha, norm, centre, method, taken);
+  return status ? status
+                : launch(join_kernel<Real>, dim3(unsigned(p.batch)), kJoinThreads,
+                         carved<Real>(kWarps) + carved<double>(kWarps), stream, p, log_partition, alpha, centre, taken);
+}
+
 template <class Real>
 int log_space_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Real *norm, Real *centre, int32_t *method,
-                      void *stream) {
+                      void *workspace, void *stream) {
   if (p.batch == 0) return HMM_OK;
-  const bool tiled = p.states > kMostThreads;
-  const int most = tiled ? kTile : kMostThreads;
-  const auto fixed = tiled ? ForwardMemory<Real, true>::bytes : ForwardMemory<Real, false>::bytes;
+  const bool large = p.states > kMostThreads;
+  if (p.sharing == HMM_BY_ENDS) {
+    const auto halves = large                 ? halves_forward<Real, true, true>
+                        : p.states > kRowTile ? halves_forward<Real, false, true>
+                                              : halves_forward<Real, false, false>;
+    return halves(p, log_partition, alpha, norm, centre, method, static_cast<double *>(workspace), stream);
+  }
+  const int most = large ? kTile : kMostThreads;
+  const auto fixed = large ? ForwardMemory<Real, true>::bytes : ForwardMemory<Real, false>::bytes;
   const Tiling o = tiling_of<Real>(p.states, most, kMostThreads, kTile, fixed(p.states, most));
   const size_t bytes = Ring<Real, true>::bytes(o) + fixed(p.states, o.threads);
-  return launch(tiled ? forward_kernel<Real, true> : forward_kernel<Real, false>, dim3(unsigned(p.batch)), o.threads,
+  return launch(large ? forward_kernel<Real, true> : forward_kernel<Real, false>, dim3(unsigned(p.batch)), o.threads,
                 bytes, stream, p, o, log_partition, alpha, norm, centre, method);
 }
 
-template <class Real>
-int log_space_backward(const hmm_problem &p, const Real *grad, const Real *log_partition, const Real *alpha,
-                       const Real *norm, const Real *centre, Real *state, Real *edge, void *stream) {
-  if (p.batch == 0) return HMM_OK;
-  const bool tiled = p.states > kBackwardTile;
-  const int most = tiled ? kTiledThreads : kMostThreads;
-  const size_t fixed = backward_fixed<Real>(most, p.states, tiled);
-  const Tiling o = tiling_of<Real>(p.states, most, kBackwardTile, kBackwardTile, fixed);
-  const size_t bytes = Ring<Real, true>::bytes(o) + backward_fixed<Real>(o.threads, p.states, tiled);
-  return launch(tiled ? backward_kernel<Real, true> : backward_kernel<Real, false>, dim3(unsigned(p.batch)), o.threads,
-                bytes, stream, p, o, grad, log_partition, alpha, norm, centre, state, edge);
-}
-
-#define HMM_OF(Real)                                                                                                 \
-  template int log_space_forward<Real>(const hmm_problem &, Real *, Real *, Real *, Real *, int32_t *, void *);      \
-  template int log_space_backward<Real>(const hmm_problem &, const Real *, const Real *, const Real *, const Real *, \
-                                        const Real *, Real *, Real *, void *);
+#define HMM_OF(Real)                                                                                               \
+  template int log_space_forward<Real>(const hmm_problem &, Real *, Real *, Real *, Real *, int32_t *, void *, void *);
 HMM_OF(float)
 HMM_OF(double)
 #undef HMM_OF

@@ -11,6 +11,7 @@
 #pragma once
 #include "device.h"
 #include "kernels.h"
+#include "walks.h"
 
 namespace hmm {
 
@@ -74,24 +75,6 @@ inline int64_t matrices(const hmm_problem &p) { return p.transition_batch_stride
 template <class Real>
 __device__ __forceinline__ Arcs<Real> arcs_of(const hmm_problem &p, void *workspace, int64_t sequence) {
   return Arcs<Real>(workspace, p.transition_batch_stride ? sequence : 0, p.states);
-}
-
-// The frames that a walk goes through: `first`, first + step, ... From both ends, those before meeting(L) belong to the
-// first half, which goes on from frame 0, the others to the second one, which comes back from frame L-1; the backward
-// pass's walks go from there to the ends.
-struct Walk {
-  int64_t first, frames;
-  int step;
-  bool meets;  // goes on from the other half's last message
-};
-__host__ __device__ inline int64_t meeting(int64_t length, bool both) { return both ? (length + 1) / 2 : length; }
-__device__ __forceinline__ Walk walk_from_ends(int64_t length, bool both, bool second) {
-  const int64_t middle = meeting(length, both);
-  return second ? Walk{length - 1, length - middle, -1, false} : Walk{0, middle, 1, false};
-}
-__device__ __forceinline__ Walk walk_to_ends(int64_t length, bool both, bool second) {
-  const int64_t middle = meeting(length, both);
-  return second ? Walk{middle, length - middle, 1, true} : Walk{middle - 1, middle, -1, middle < length};
 }
 
 // What a forward walk ends with; in steps.cu also what it carries from step to step. Two a sequence.

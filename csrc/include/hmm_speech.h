@@ -25,8 +25,8 @@ extern "C" {
 enum hmm_status { HMM_OK = 0, HMM_INVALID_ARGUMENT = 1, HMM_OUT_OF_MEMORY = 2, HMM_CUDA_ERROR = 1000 };
 
 /* How a sequence was computed: by scaled probabilities, certified exact; again in float64, since they could not be
- * certified (csrc/cpu/scaled_arcs.h, redo.h); in log space, as time-varying transitions are; or by scaled probabilities
- * from both ends at once. */
+ * certified (csrc/cpu/scaled_arcs.h, redo.h); in log space, as time-varying transitions are; or from both ends at once, by
+ * scaled probabilities, on a GPU also in log space. */
 enum hmm_method { HMM_SCALED = 0, HMM_REDONE = 1, HMM_LOG_SPACE = 2, HMM_BOTH_ENDS = 3 };
 
 /* How threads share the sequences where there are fewer groups of 8 than threads and one matrix for all (otherwise it is
@@ -233,8 +233,11 @@ HMM_API int hmm_low_rank_backward_f64(const hmm_low_rank *, const double *grad, 
  * `lengths`; work is put on `stream` (a cudaStream_t) and not waited for, so that values of lengths are not checked.
  * N is at most HMM_CUDA_MOST_STATES, where time_varying is 1 HMM_CUDA_MOST_STATES_VARYING: more is HMM_INVALID_ARGUMENT. alpha, norm and centre are as above, but norm (B, T, N) is always needed, and HMM_REDONE is
  * in log space: alpha + norm, as float64, are log messages whose maximum is 0 to centre's rounding, and centre is what was taken
- * out of a frame. transition_time_stride is 0 where time_varying is. Forward, where time_varying is 0, sharing is HMM_BY_ENDS for
- * half as many steps one after the other (HMM_BOTH_ENDS), or HMM_BY_SEQUENCES, as samples need it; threads are not looked at. `workspace` is hmm_cuda_workspace() bytes, from
+ * out of a frame. transition_time_stride is 0 where time_varying is. Forward, sharing is HMM_BY_ENDS for half as many
+ * steps one after the other (HMM_BOTH_ENDS), or HMM_BY_SEQUENCES, as samples need it; threads are not looked at. Where
+ * time_varying is 1, HMM_BOTH_ENDS is HMM_LOG_SPACE for the first (L + 1) / 2 frames; in the others alpha holds log
+ * messages from the end, maximum 0, and norm + centre the log-sum over the next state, and of frames 0 and L-1 centre
+ * holds what the halves meet with (csrc/cuda/log_space.cu). `workspace` is hmm_cuda_workspace() bytes, from
  * whose start on nothing is kept between calls. */
 #define HMM_CUDA_MOST_STATES 8192
 #define HMM_CUDA_MOST_STATES_VARYING 4096 /* where time_varying is 1 */

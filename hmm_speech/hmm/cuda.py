@@ -37,6 +37,9 @@ _WIDE_FROM = 129
 # Beyond, a step of steps.cu is bound by the bytes of its arcs, not by launches: 64 MB at 4,096 states, 30 us at 2 TB/s.
 # From both ends these are read twice, once a half, and nothing is won; up to here, N^2 more numbers are the price.
 _BOTH_ENDS_TO = 2048
+# Where transitions vary over time (log_space.cu), a step is a chain of 1.6 us or more, or reads its arcs as fast; the
+# halves meet in one launch more, which reads all arcs of a step twice.
+_VARYING_STEP, _LAUNCH = 1.6, 3.0
 
 
 def walk_both_ends(time: int, num_states: int, in_steps: bool) -> bool:
@@ -46,6 +49,20 @@ def walk_both_ends(time: int, num_states: int, in_steps: bool) -> bool:
     step = _LAUNCHED_STEP if in_steps else _WIDE_STEP if num_states >= _WIDE_FROM else _STEP
     saved = time // 2 * step
     return saved > num_states**2 * _JOINED_ARC and (not in_steps or num_states <= _BOTH_ENDS_TO)
+
+
+def walk_varying_from_both_ends(batch: int, time: int, num_states: int, multiprocessors: int) -> bool:
+    """The same where transitions vary over time: as long as each half has a multiprocessor of its own.
+
+    Of T - 1 steps a pass T / 2 are saved, but for one of the backward pass, where both halves take the arcs that they
+    meet at. With more sequences, a multiprocessor takes two whole ones in the time of one, but not four halves."""
+    arcs = num_states**2 * _JOINED_ARC
+    saved = (2 * (time // 2) - 1) * max(_VARYING_STEP, arcs)
+    return 2 * batch <= multiprocessors and saved > _LAUNCH + 2 * arcs
+
+
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class Call(ops._Call):
@@ -90,8 +107,14 @@ class Call(ops._Call):
 
     def share(self, both_ends: bool) -> None:
         """Chooses how a pass goes through time; a function of the shape, since the passes in steps must agree."""
-        _, time, num_states = self.shape
-        if both_ends and not self.time_varying and walk_both_ends(time, num_states, self.in_steps):
+        batch, time, num_states = self.shape
+        if not both_ends:
+            return
+        if self.time_varying:
+            halves = walk_varying_from_both_ends(batch, time, num_states, multiprocessors(self.device))
+        else:
+            halves = walk_both_ends(time, num_states, self.in_steps)
+        if halves:
             self.problem.sharing = library.BY_ENDS
 
     @property

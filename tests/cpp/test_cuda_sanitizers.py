@@ -94,6 +94,10 @@ NOTICED_BY = {
     4: ("thread", "exercise_log_space"),  # a barrier removed, done again: forward
     5: ("thread", "exercise_log_space"),  # and backward
     6: ("address", "exercise_log_space"),  # an index off by one, in the counts
+    7: ("thread", "exercise_log_space"),  # a barrier removed, from the middle to the ends
+    8: ("address", "exercise_log_space"),  # the wrong middle: wrong numbers
+    9: ("address", "exercise_log_space"),  # a lane's part of a row left out
+    10: ("thread", "exercise_log_space"),  # a barrier removed, where the halves meet in log space
     11: ("thread", "exercise"),  # a barrier removed, forward
     12: ("thread", "exercise"),  # a barrier removed, backward
     13: ("address", "exercise_steps"),  # an index off by one

@@ -75,6 +75,31 @@ def test_both_ends_are_walked_where_that_saves_more_than_joining_them():
     assert not cuda.walk_both_ends(3000, 2049, in_steps=True)
 
 
+def test_transitions_that_vary_are_walked_from_both_ends_where_multiprocessors_would_be_idle():
+    def chosen(batch, time, num_states, multiprocessors=68):
+        return cuda.walk_varying_from_both_ends(batch, time, num_states, multiprocessors)
+
+    assert chosen(8, 3000, 50) and chosen(8, 4, 50) and chosen(8, 100, 4096)  # the seed's table, and its like
+    assert chosen(34, 3000, 50) and not chosen(35, 3000, 50) and chosen(35, 3000, 50, 132)
+    assert not any(chosen(1, time, states) for time in (0, 1, 2) for states in (1, 50, 4096))
+    assert not chosen(1, 3, 4096)
+
+
+def test_which_passes_are_walked_from_both_ends(with_kernels, monkeypatch):
+    """Samples need messages from the front."""
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 28)
+    scores = tuple(problem(8, 100, 5, "time-varying", 1, torch.float32).values())
+
+    def sharing(both_ends):
+        call = cuda.Call(*scores)
+        call.share(both_ends)
+        return call.problem.sharing
+
+    assert sharing(True) == library.BY_ENDS and sharing(False) == library.BY_SEQUENCES
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 15)
+    assert sharing(True) == library.BY_SEQUENCES
+
+
 def test_messages_of_errors():
     assert "invalid argument" in cuda._message(1)
     if torch.version.cuda:

@@ -2,9 +2,6 @@
 
 Numbers are compared with the reference in float64, to the numerical contract."""
 
-import contextlib
-import ctypes
-
 import pytest
 import torch
 
@@ -13,33 +10,7 @@ from tests.cpp.cuda import build
 from tests.hmm.problems import INF, KINDS, doubled, problem, solve
 from tests.hmm.test_contract import left_to_right
 
-OPERATORS = ("forward", "backward", "viterbi", "sample")
 REDONE, BOTH_ENDS = library.REDONE, 3  # enum hmm_method
-
-
-@pytest.fixture(scope="module")
-def handle(tmp_path_factory):
-    return library.declare_cuda(ctypes.CDLL(str(build.library(tmp_path_factory.mktemp("cuda")))))
-
-
-@pytest.fixture(params=["0", "1", "2"])
-def schedule(request, monkeypatch):
-    """The order in which threads run (on_cpu.h)."""
-    monkeypatch.setenv("HMM_SCHEDULE", request.param)
-
-
-@pytest.fixture
-def on_cpu(handle, monkeypatch):
-    """The layer's operators are those of cuda.py, on CPU tensors."""
-
-    @contextlib.contextmanager
-    def no_stream(device):
-        yield None
-
-    monkeypatch.setattr(library, "cuda", lambda: handle)
-    monkeypatch.setattr(cuda, "stream_of", no_stream)
-    for name in OPERATORS:
-        monkeypatch.setattr(torch.ops.hmm_speech, name, getattr(cuda, name))
 
 
 def compare(arguments, grad=None, tolerance=2e-6, marginals=5e-6):

@@ -1,10 +1,11 @@
-// Executes log_space.cu, redo.cu, viterbi.cu and sample.cu on the CPU, on exact-sized heap arrays, and compares with plain recursions
-// in float64. Built with -DHMM_ON_CPU (on_cpu.h); an argument adds 100,000 frames, which takes too long under sanitizers.
+// Executes log_space.cu, log_space_back.cu, redo.cu, viterbi.cu and sample.cu on the CPU, on exact-sized heap arrays, and compares with
+// plain recursions in float64. Built with -DHMM_ON_CPU (on_cpu.h); an argument adds 100,000 frames, which takes too long under sanitizers.
 #include <algorithm>
 
 #include "../exercise.h"
 #include "counts.cu"
 #include "log_space.cu"
+#include "log_space_back.cu"
 #include "redo.cu"
 #include "sample.cu"
 #include "viterbi.cu"
@@ -128,13 +129,16 @@ template <class Real> struct Reference {
 // What interface.cu does for sequences that no scaled sweep takes; edges that are summed over time are added to.
 template <class Real>
 int forward_pass(const hmm_problem &p, bool all, Real *z, Real *alpha, Real *norm, Real *centre, int32_t *method) {
-  if (p.time_varying) return hmm::log_space_forward<Real>(p, z, alpha, norm, centre, method, nullptr);
+  if (p.time_varying) {
+    std::vector<double> workspace(hmm::log_space_workspace(p) / sizeof(double));
+    return hmm::log_space_forward<Real>(p, z, alpha, norm, centre, method, workspace.data(), nullptr);
+  }
   return p.batch ? hmm::redo_forward<Real>(p, all, z, alpha, norm, centre, method, nullptr) : HMM_OK;
 }
 template <class Real>
 int backward_pass(const hmm_problem &p, const Real *grad, const Real *z, const Real *alpha, const Real *norm, const Real *centre,
                   const int32_t *method, Real *state, Real *edge) {
-  if (p.time_varying) return hmm::log_space_backward<Real>(p, grad, z, alpha, norm, centre, state, edge, nullptr);
+  if (p.time_varying) return hmm::log_space_backward<Real>(p, grad, z, alpha, norm, centre, method, state, edge, nullptr);
   if (p.batch == 0) return HMM_OK;
   const int status = hmm::redo_backward<Real>(p, grad, z, alpha, norm, centre, method, state, nullptr);
   if (status || !edge || p.time == 0) return status;
@@ -152,7 +156,7 @@ bool close(double found, double expected, double tolerance) {
 }
 
 template <class Real> struct Exercise {
-  const Problem<Real> q;
+  Problem<Real> q;
   const Case &c = q.c;
   const size_t N = c.N, frames = size_t(c.B) * c.T, steps = c.T > 1 ? c.T - 1 : 0;
   const double wide = c.tolerance ? c.tolerance : sizeof(Real) == 4 ? 5e-6 : 1e-10;
@@ -169,6 +173,11 @@ template <class Real> struct Exercise {
     viterbi();
     sample(false);
     if (c.kind != kTimeVarying && c.forbidden == 0) sample(true);
+    if (c.kind != kTimeVarying) return;
+    q.p.sharing = HMM_BY_ENDS;
+    forward();
+    backward(true);
+    backward(false);
   }
 
   void check_z(int b) const {
@@ -179,7 +188,7 @@ template <class Real> struct Exercise {
   void forward() {
     CHECK(forward_pass(q.p, true, z.data(), alpha.data(), norm.data(), centre.data(), method.data()) == HMM_OK);
     for (int b = 0; b < c.B; b++) {
-      CHECK(method[b] == (c.kind == kTimeVarying ? HMM_LOG_SPACE : HMM_REDONE));
+      CHECK(method[b] == (c.kind != kTimeVarying ? HMM_REDONE : q.p.sharing == HMM_BY_ENDS ? HMM_BOTH_ENDS : HMM_LOG_SPACE));
       check_z(b);
       for (int t = 0; t < c.T; t++) {
         double top = kNever, sum = 0;
@@ -287,7 +296,7 @@ template <class Real> void all() {
   const double far = sizeof(Real) == 4 ? 2e-3 : 1e-9;  // of scores about 1000, whose messages' spacing is 6e-5
   for (int N : {1, 2, 3, 31, 32, 33, 50, 64, 97, 130})
     for (Kind kind : {kShared, kPerSequence, kTimeVarying}) {
-      const int B = kSlow ? 3 : N > 64 ? 4 : 8, T = kSlow ? 3 : N > 32 ? 4 : 7;
+      const int B = kSlow ? 3 : N > 64 ? 4 : 8, T = kSlow ? (kind == kTimeVarying ? 5 : 3) : N > 32 ? 4 : 7;
       if (kSlow && (N + int(kind)) % 3) continue;
       Exercise<Real>({.B = B, .T = T, .N = N, .kind = kind, .shift = N % 4});
       if (kSlow || (kind == kShared && N > 64)) continue;
@@ -297,6 +306,7 @@ template <class Real> void all() {
   Exercise<Real>({.B = 3, .T = 5, .N = 5, .kind = kTimeVarying, .extras = false, .shift = 1});
   if (!kSlow) Exercise<Real>({.B = 2, .T = 3, .N = 300, .kind = kTimeVarying, .shift = 1});
   Exercise<Real>({.B = 3, .T = 0, .N = 3, .kind = kTimeVarying});
+  for (int T : {1, 2, 3}) Exercise<Real>({.B = kSlow ? 3 : 9, .T = T, .N = 5, .kind = kTimeVarying});
   Exercise<Real>({.B = 7, .T = 1, .N = 3, .kind = kShared});
   if (kSlow) Exercise<Real>({.B = 1, .T = 40, .N = 8, .kind = kShared});
   else Exercise<Real>({.B = 3, .T = 150, .N = 40, .kind = kShared});  // several buffers of pointers and of draws
@@ -305,8 +315,9 @@ template <class Real> void all() {
 }
 
 // NaN and +inf inside a sequence: NaN out, and the neighbours unharmed.
-template <class Real> void invalid(Real value, bool in_arcs) {
+template <class Real> void invalid(Real value, bool in_arcs, int32_t sharing) {
   Problem<Real> q({.B = 3, .T = 4, .N = 5, .kind = kTimeVarying});
+  q.p.sharing = sharing;
   q.lengths = {4, 4, 4};
   for (auto *x : {&q.emission, &q.transition})
     for (Real &v : *x)
@@ -340,7 +351,7 @@ template <class Real> void invalid_sum() {
 }
 
 template <class Real> void large() {
-  Exercise<Real>({.B = 1, .T = 2, .N = 515, .kind = kTimeVarying, .shift = 1, .samples = 1});
+  Exercise<Real>({.B = 1, .T = kSlow && sizeof(Real) == 8 ? 2 : 4, .N = 515, .kind = kTimeVarying, .shift = 1, .samples = 1});
   if (!kSlow) Exercise<Real>({.B = 1, .T = 2, .N = 1030, .kind = kShared, .samples = 1});  // more than a tile of messages
 }
 
@@ -348,14 +359,17 @@ template <class Real> void large() {
 
 int main(int arguments, char **) {
   for (bool in_arcs : {false, true}) {
-    invalid<float>(NAN, in_arcs), invalid<double>(NAN, in_arcs);
-    invalid<float>(INFINITY, in_arcs), invalid<double>(INFINITY, in_arcs);
+    for (int32_t sharing : {HMM_BY_SEQUENCES, HMM_BY_ENDS}) {
+      invalid<float>(NAN, in_arcs, sharing), invalid<double>(NAN, in_arcs, sharing);
+      invalid<float>(INFINITY, in_arcs, sharing), invalid<double>(INFINITY, in_arcs, sharing);
+    }
   }
   invalid_sum<float>(), invalid_sum<double>();
   all<float>();
   all<double>();
   large<float>();
   large<double>();
-  if (arguments > 1) Exercise<float>({.B = 1, .T = 100000, .N = 4, .kind = kShared, .samples = 0});
+  for (Kind kind : {kShared, kTimeVarying})
+    if (arguments > 1) Exercise<float>({.B = 1, .T = 100000, .N = 4, .kind = kind, .samples = 0});
   return 0;
 }
