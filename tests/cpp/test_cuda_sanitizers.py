@@ -44,21 +44,20 @@ class Built:
     def compiled(self, name: str, sources: list[Path], flags: list[str]) -> list[Path]:
         return build.compiled(self.folder / name, sources, [*self.flags, *flags])
 
-    def programs(self, name: str = "whole", objects: dict[Path, Path] | None = None) -> list[Path]:
-        """The programs, linked with all kernels but for one that includes kernels itself."""
-        objects, found = objects or self.objects, []
-        for program in PROGRAMS:
-            alone = re.search(r'#include "\w+\.cu"', program.read_text())
-            parts = [] if alone else [objects[x] for x in build.SOURCES]
-            found.append(self.folder / name / program.stem)
-            build.run([build.compiler(), *self.flags, objects[program], *parts, "-o", found[-1]])
+    def program(self, source: Path, name: str = "whole", objects: dict[Path, Path] | None = None) -> Path:
+        """A program, linked with all kernels unless it includes kernels itself."""
+        objects, found = objects or self.objects, self.folder / name / source.stem
+        alone = re.search(r'#include "\w+\.cu"', source.read_text())
+        parts = [] if alone else [objects[x] for x in build.SOURCES]
+        build.run([build.compiler(), *self.flags, objects[source], *parts, "-o", found])
         return found
 
     def mutated(self, mutation: int, program: str) -> Path:
         """A program with a defect."""
-        changed, name = [x for x in self.objects if mentions(x, mutation)], f"mutation{mutation}"
-        objects = dict(zip(changed, self.compiled(name, changed, [f"-DHMM_MUTATION={mutation}"]), strict=True))
-        return next(x for x in self.programs(name, self.objects | objects) if x.name == program)
+        source = build.HERE / f"{program}.cpp"
+        changed = [x for x in self.objects if mentions(x, mutation) and (x in build.SOURCES or x == source)]
+        made = self.compiled(f"mutation{mutation}", changed, [f"-DHMM_MUTATION={mutation}"])
+        return self.program(source, f"mutation{mutation}", self.objects | dict(zip(changed, made, strict=True)))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +79,8 @@ def execute(program: Path, schedule: int) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_no_sanitizer_finds_anything(built, sanitizer):
-    for program in built(sanitizer).programs():
+    made = built(sanitizer)
+    for program in [made.program(source) for source in PROGRAMS]:
         for schedule in range(3):
             done = execute(program, schedule)
             assert done.returncode == 0, f"{program.name}, order {schedule}:\n{done.stdout}{done.stderr}"[:8000]
