@@ -28,14 +28,18 @@ def without_leftovers(config: DictConfig, choices: Mapping[str, str], overrides:
     if preset is None:
         return config
     own = compose("train", overrides=[f"recipes={preset}"], return_hydra_config=True).hydra.runtime.choices
-    others = ["~recipes", *([f"debug={debug}"] if debug else [])]
-    for part in PARTS:
-        if choices[part] != own[part]:
-            settings = [override for override in overrides if _group(override) == part]
-            config[part] = compose("train", overrides=[*others, *settings])[part]
+    replaced = [part for part in PARTS if choices[part] != own[part]]
+    if replaced:
+        # All options, since one may set something of another's: objective=semi_supervised shows it the data's phones.
+        options = [f"{part}={choices[part]}" for part in PARTS if choices[part]] + ([f"debug={debug}"] if debug else [])
+        settings = [override for override in overrides if _part_of_setting(override) in replaced]
+        alone = compose("train", overrides=["~recipes", *options, *settings])
+        for part in replaced:
+            config[part] = alone[part]
     return config
 
 
-def _group(override: str) -> str:
-    """``optimizer`` of ``optimizer=em``, ``optimizer.lr=1`` and ``++optimizer.lr=1``."""
-    return override.lstrip("+~").split("=", 1)[0].split("@")[0].split(".")[0]
+def _part_of_setting(override: str) -> str | None:
+    """``optimizer`` of ``optimizer.lr=1`` and ``++optimizer.lr=1``; None of ``optimizer=em``, which is no setting."""
+    group, dot, _ = override.lstrip("+~").split("=", 1)[0].partition(".")
+    return group if dot else None

@@ -60,6 +60,8 @@ def test_a_preset_speaks_for_the_options_that_it_chose(tmp_path: Path) -> None:
     assert plain(composed(tmp_path, "topology=full").topology) == {"labels": 100, "substates": 1}
     assert "labels" not in composed(tmp_path, "topology=cloned").topology
     assert composed(tmp_path, "~recipes", "optimizer=em").optimizer.pseudocount == 0.1
+    shown = composed(tmp_path, "data=synthetic", "objective=semi_supervised", "data.utterances=7").data
+    assert shown.phones == 0.1 and shown.utterances == 7 and shown.path == "synthetic"
 
 
 def test_train_py_drops_them(tmp_path: Path) -> None:
