@@ -92,7 +92,7 @@ def measure(preset: str, steps: int) -> Share | str:
     config = composed(preset)
     path = Path(str(config["data"]["path"]))
     if not path.exists():
-        return f"no data: {path}"
+        return f"no data: {path.relative_to(CLONE) if path.is_relative_to(CLONE) else path}"
     allowed = config["allow_targets"]
     data = instantiate(config["data"], kind=UnitDataModule, allowed=allowed, where="data")
     module = SpeechHMM.from_config(config, data, allowed)
@@ -130,7 +130,8 @@ def bench_training(threads: int, steps: int, out: Path | None = None) -> None:
         caption=f"median step of {steps} and the mean time in the layer's kernels, under the profiler",
     )
     for column in ("preset", "states", "parameters", "step, ms", "layer, ms", "share"):
-        table.add_column(column, justify="left" if column == "preset" else "right")
+        first = column == "preset"
+        table.add_column(column, justify="left" if first else "right", no_wrap=first)
     found = []
     with Live(table, console=Console(), refresh_per_second=2):
         for preset in presets():
