@@ -25,12 +25,7 @@ def log_matmul_exp(left: Tensor, right: Tensor) -> Tensor:
         left_max, right_max = _maximum(left), _maximum(right)
         left, right = left - left_max, right - right_max
         product = left.exp() @ right.exp().mT
-        logs = product.log()
-        if not _all_safe(product):
-            possible = (left != -torch.inf).to(left.dtype) @ (right != -torch.inf).to(left.dtype).mT > 0
-            if not _all_safe(product, possible):
-                product = left.double().exp() @ right.double().exp().mT
-            logs = _mended(product, possible, left, right)
+        logs = product.log() if _all_safe(product) else _mended_log(product, left, right)
         return logs.to(left.dtype) + left_max + right_max.mT
 
 
@@ -54,13 +49,15 @@ def _maximum(x: Tensor) -> Tensor:
     return top.masked_fill(top == -torch.inf, 0)
 
 
-def _all_safe(product: Tensor, possible: Tensor | None = None) -> bool:
-    found = product.detach() if possible is None else product.detach().masked_fill(~possible, 1)
-    return not found.numel() or bool(found.amin() > _SAFE[product.dtype])
+def _all_safe(product: Tensor) -> bool:
+    return not product.numel() or bool(product.detach().amin() > _SAFE[product.dtype])
 
 
-def _mended(product: Tensor, possible: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def _mended_log(product: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """log product, -inf where nothing is possible; entries too small to be right are summed again in log space."""
+    possible = (left != -torch.inf).to(left.dtype) @ (right != -torch.inf).to(left.dtype).mT > 0
+    if not _all_safe(product.masked_fill(~possible, 1)):
+        product = left.double().exp() @ right.double().exp().mT
     lost = (product.detach() <= _SAFE[product.dtype]) & possible
     logs = product.masked_fill(lost | ~possible, 1).log().masked_fill(~possible, -torch.inf)
     *leading, row, column = lost.nonzero(as_tuple=True)

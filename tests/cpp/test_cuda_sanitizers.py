@@ -5,7 +5,6 @@ In several orders of threads; and with defects built in (HMM_MUTATION in csrc/cu
 import os
 import re
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -87,8 +86,7 @@ def test_no_sanitizer_finds_anything(built):
                 done = execute(program, schedule)
                 assert done.returncode == 0, f"{program.name}, order {schedule}:\n{done.stdout}{done.stderr}"[:8000]
 
-    with ThreadPoolExecutor(2) as pool:  # of those under ThreadSanitizer, which take 6 GB, one at a time
-        list(pool.map(execute_all, SANITIZERS))
+    build.two_at_a_time(execute_all, SANITIZERS)  # of those under ThreadSanitizer, which take 6 GB, one
 
 
 # What notices a defect, in which program: a race, a bound that is passed, or wrong numbers (under "address" too).

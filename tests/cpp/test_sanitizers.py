@@ -1,12 +1,11 @@
 """The C interface under AddressSanitizer with UBSan, and under ThreadSanitizer, for each instruction set."""
 
-import os
 import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+from tests.cpp.cuda.build import run, two_at_a_time
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = {"address": "-fsanitize=address,undefined -fno-sanitize-recover=all", "thread": "-fsanitize=thread"}
@@ -32,20 +31,9 @@ def built(folder, sanitizer):
     return [folder / name for name in PROGRAMS]
 
 
-def run(command, **environment):
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
-    assert done.returncode == 0, f"{command[0]} {environment or ''}:\n{done.stdout}{done.stderr}"
-    return done.stdout.strip()
-
-
-def two_at_a_time(function, *arguments):
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(function, *arguments))
-
-
 @pytest.mark.parametrize("sanitizer", FLAGS)
 def test_the_c_interface(tmp_path, sanitizer):
     programs = built(tmp_path, sanitizer)
     for instructions in ("", "avx2", "portable"):
-        said = two_at_a_time(lambda program, isa=instructions: run([str(program)], HMM_SPEECH_ISA=isa), programs)
+        said = two_at_a_time(lambda program, isa=instructions: run([program], HMM_SPEECH_ISA=isa).strip(), programs)
         assert instructions != "portable" or set(said) == {"portable"}

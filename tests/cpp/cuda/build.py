@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,9 +20,17 @@ FLAGS = ["-std=c++20", "-ffp-contract=off", "-DHMM_ON_CPU", "-Wall", "-Wno-unkno
          *(f"-I{ROOT}/{folder}" for folder in ("csrc/include", "csrc", "csrc/cuda"))]  # fmt: skip
 
 
-def run(command: list[str | Path]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, " ".join(map(str, command)) + "\n" + done.stdout + done.stderr
+def run(command: list[str | Path], **environment: str) -> str:
+    """What a command prints; fails where the command does."""
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    assert done.returncode == 0, f"{environment or ''} {' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def two_at_a_time(function: Callable, *arguments: Iterable) -> list:
+    """`map`, in two threads that wait for programs."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(function, *arguments))
 
 
 def compiler() -> str:
@@ -36,8 +46,7 @@ def compiled(folder: Path, sources: list[Path], flags: list[str]) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     found = [folder / f"{x.stem}.o" for x in sources]
     command = [compiler(), *FLAGS, *flags, "-x", "c++", "-c"]
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda pair: run([*command, pair[0], "-o", pair[1]]), zip(sources, found, strict=True)))
+    two_at_a_time(lambda source, made: run([*command, source, "-o", made]), sources, found)
     return found
 
 
