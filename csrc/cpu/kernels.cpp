@@ -17,6 +17,10 @@
 
 namespace {
 
+// Arcs that cannot win are left out where finding them costs less than they do.
+constexpr int64_t kPruneFrom = 128;
+bool prunes(const hmm_problem &p) { return !p.time_varying && p.time > 1 && p.states >= kPruneFrom; }
+
 template <class Real> struct Viterbi : Status {
   const hmm_problem &p;
   Grouping grouping;
@@ -35,12 +39,14 @@ template <class Real> struct Viterbi : Status {
       const Group group = grouping.group(at);
       at += group.size;
       if (k % workers != worker) continue;
-      if (shared || p.time_varying) viterbi_group(p, shared, group, (Real *)rows, score, delta, states);
-      else {
-        const MaxArcs<Real> own(Sequence<Real>(p, group.index[0]).transition, p.time > 1 ? p.states : 0);
-        if (!own.allocated()) return out_of_memory();
-        viterbi_group(p, &own, group, (Real *)rows, score, delta, states);
-      }
+      std::optional<MaxArcs<Real>> own;
+      std::optional<PrunedStep<Real>> pruned;
+      if (!shared && !p.time_varying)
+        own.emplace(Sequence<Real>(p, group.index[0]).transition, p.time > 1 ? p.states : 0, prunes(p));
+      if (own && !own->allocated()) return out_of_memory();
+      if (prunes(p)) pruned.emplace(own ? *own : *shared, group.size);
+      if (pruned && !pruned->allocated()) return out_of_memory();
+      viterbi_group(p, own ? &*own : shared, pruned ? &*pruned : nullptr, group, (Real *)rows, score, delta, states);
     }
   }
 };
@@ -49,7 +55,7 @@ template <class Real>
 int viterbi(const hmm_problem &p, const int64_t *order, Parallel parallel, Real *score, Real *delta, int64_t *states) {
   Viterbi<Real> body(p, order, score, delta, states);
   if (p.time_varying || p.transition_batch_stride || p.time < 2) return run(parallel, p.batch, p.threads, body);
-  const MaxArcs<Real> shared((const Real *)p.transition, p.states);
+  const MaxArcs<Real> shared((const Real *)p.transition, p.states, prunes(p));
   if (!shared.allocated()) return HMM_OUT_OF_MEMORY;
   body.shared = &shared;
   return run(parallel, p.batch, p.threads, body);

@@ -162,9 +162,12 @@ template <class Real> HMM_INLINE Real max_of(Vec<Real> v) {
   if constexpr (sizeof(Real) == 4) return _mm512_reduce_max_ps((__m512)v);
   else return _mm512_reduce_max_pd((__m512d)v);
 #else
-  Real m = v[0];
-  for (int k = 1; k < kLanes<Real>; k++) m = v[k] > m ? v[k] : m;
-  return m;
+  for (int k = kLanes<Real> / 2; k > 0; k /= 2) {  // with the lanes k further
+    Int<Real> from;
+    for (int n = 0; n < kLanes<Real>; n++) from[n] = n ^ k;
+    v = larger(v, __builtin_shuffle(v, from));
+  }
+  return v[0];
 #endif
 }
 template <class Real> HMM_INLINE int64_t min_of(Int<Real> v) {
@@ -189,21 +192,32 @@ template <class Real> HMM_INLINE bool any(Int<Real> mask) {
 #endif
 }
 
-// Is some lane of a greater than that of b?
-HMM_INLINE bool any_greater(Vec<float> a, Vec<float> b) {
+// The lanes of a that are greater than those of b, a bit each.
+HMM_INLINE uint32_t lanes_greater(Vec<float> a, Vec<float> b) {
 #if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)));
 #else
-  return any<float>(a > b);
+  const Int<float> greater = a > b;
+  uint32_t lanes = 0;
+  for (int k = 0; k < kLanes<float>; k++) lanes |= uint32_t(greater[k] != 0) << k;
+  return lanes;
 #endif
 }
-HMM_INLINE bool any_greater(Vec<double> a, Vec<double> b) {
+HMM_INLINE uint32_t lanes_greater(Vec<double> a, Vec<double> b) {
 #if defined(__AVX512F__)
-  return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ) != 0;
+  return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ);
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_GT_OQ)));
 #else
-  return any<double>(a > b);
+  const Int<double> greater = a > b;
+  uint32_t lanes = 0;
+  for (int k = 0; k < kLanes<double>; k++) lanes |= uint32_t(greater[k] != 0) << k;
+  return lanes;
 #endif
 }
+template <class V> HMM_INLINE bool any_greater(V a, V b) { return lanes_greater(a, b) != 0; }
 
 // exp(x) within 2 units in the last place for x up to 88 (float) or 709 (double); 0 below the smallest normal number,
 // at -inf too; NaN stays NaN. Argument reduction x = n log 2 + r, |r| <= log(2)/2 (Cody and Waite), then a polynomial:

@@ -8,7 +8,8 @@
 // Where arcs are shared over time several sequences go through a step together, a max-plus product (M x N) by (N x N)
 // whose right side is packed once, and the walk back reads the arcs' transpose row by row. Cost a frame: N^2 additions
 // and N^2 maxima (2/16 vector operations an arc), 4 N bytes of delta written and read; the arcs come from cache, 4 N^2 / M
-// bytes a frame. An addition and a maximum share two ports on AMD's Zen 5; the addition goes to the multiplier instead
+// bytes a frame. From 128 states on, arcs that cannot win are left out (pruned_max.h) where that is cheaper. An addition and a
+// maximum share two ports on AMD's Zen 5; the addition goes to the multiplier instead
 // (sum_beside_max), so that a step's floor is that of as many fused multiply-adds, 1.95 us a
 // frame for N = 512 at 4.2 GHz (2 ports, 16 lanes). Measured on one core of an EPYC (Zen 5), float, B = 8, T = 1000: 0.140 ns a vector of
 // arcs where 0.119 is the floor, since four arithmetic operations a cycle leave little room for loads; 60 ns a frame for
@@ -18,6 +19,7 @@
 #pragma once
 #include "log_space.h"
 #include "max_arcs.h"
+#include "pruned_max.h"
 #include "scaled.h"
 
 namespace {
@@ -99,10 +101,10 @@ template <class Real> HMM_INLINE int64_t best_state(const Real *row, const Real 
 // Rows of scratch a group needs: one of products a sequence, one for idle products, one of zeros.
 constexpr int kViterbiRows = kGroup + 2;
 
-// arcs: null where transitions vary over time; the group has one sequence then.
+// arcs: null where transitions vary over time; the group has one sequence then. pruned: null where arcs have no bounds.
 template <class Real>
-void viterbi_group(const hmm_problem &p, const MaxArcs<Real> *arcs, const Group &group, Real *scratch, Real *score,
-                   Real *delta, int64_t *states) {
+void viterbi_group(const hmm_problem &p, const MaxArcs<Real> *arcs, PrunedStep<Real> *pruned, const Group &group,
+                   Real *scratch, Real *score, Real *delta, int64_t *states) {
   constexpr int W = kLanes<Real>;
   const Real ninf = kNegativeInfinity<Real>;
   const int64_t N = p.states, padded = round_up(N, kPanel<Real>), longest = group.size ? group.length[0] : 0;
@@ -129,6 +131,10 @@ void viterbi_group(const hmm_problem &p, const MaxArcs<Real> *arcs, const Group 
         offset[live[k]] = double(top);
       }
     else if (!arcs) max_step(Sequence<Real>(p, group.index[0]).arcs(t), previous[0], N, out[0]);
+    else if (pruned && pruned->worthwhile()) {
+      for (int k = 0; k < n; k++) pruned->step(live[k], previous[k], out[k]);
+      pruned->finish();
+    }
     else if (n > 4) max_step<8>(*arcs, previous, out);
     else if (n > 2) max_step<4>(*arcs, previous, out);
     else if (n > 1) max_step<2>(*arcs, previous, out);

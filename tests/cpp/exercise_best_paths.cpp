@@ -50,6 +50,8 @@ template <class Real> void all() {
         exercise<Real>(B, 1 + (N + B) % 6, N, k, kind, 0, 1 + B % 3);
         exercise<Real>(B, 1 + (N + B) % 5, N, k, kind, .5, 2);
       }
+  for (int N : {128, 130, 191})  // arcs are left out (pruned_max.h)
+    for (double forbidden : {0., .5}) exercise<Real>(3, 9, N, 2, N % 2, forbidden, 2);
   exercise<Real>(1, 3, 700, 100, 0, 0, 1);
   exercise<Real>(4, 0, 3, 2, 0, 0, 2);
   exercise<Real>(0, 3, 3, 2, 0, 0, 2);

@@ -61,6 +61,35 @@ def test_every_tile_edge(batch, states, dtype):
     compare(problem(batch, 5, states, "shared", batch, dtype), 2)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 9),
+    time=st.sampled_from([2, 9, 80, 200]),
+    states=st.sampled_from([128, 129, 159, 192, 260]),
+    kind=st.sampled_from(["shared", "per-sequence"]),
+    spread=st.sampled_from([0, 1, 10, 100]),
+    forbidden=st.sampled_from([0.0, 0.3, 0.98]),
+    values=st.sampled_from([1, 3, 1000]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_arcs_that_cannot_win_are_left_out_and_no_others(
+    batch, time, states, kind, spread, forbidden, values, dtype, seed
+):
+    """Whole numbers, whose sums are exact: the paths are the reference's, ties and all. `spread` nats apart, few states
+    are looked at; 0, most of them are."""
+    arguments = problem(batch, time, states, kind, seed, dtype, forbidden=forbidden)
+    for name, scale in (("initial", 3), ("transition", values), ("emission", spread)):
+        scores = arguments[name]
+        arguments[name] = torch.where(scores > -INF, (scale * scores).round(), -INF)
+    arguments["final"] = None
+    with use_backend("reference"):
+        exact = HMM(**arguments).viterbi()
+    found = HMM(**arguments).viterbi()
+    assert torch.equal(found.score, exact.score)
+    assert torch.equal(found.states, exact.states)
+
+
 @pytest.mark.parametrize(("states", "k"), [(60, 4), (70, 4), (700, 100)])
 def test_pointers_of_every_width(states, k):
     compare(problem(2, 4, states, "shared", 1, torch.float32, lengths="full"), k)
