@@ -13,6 +13,7 @@ from . import banded_ops, reference, structured
 from .chain import Chain
 from .library import use_native
 from .reference import INF
+from .structures import Banded
 
 
 class Diagonals:
@@ -71,15 +72,38 @@ class BandedChain(Chain):
     def native(self) -> bool:
         return use_native(self.initial.device.type)
 
+    def same_diagonals(self, other: Chain) -> bool:
+        return isinstance(other, BandedChain) and self.offsets == other.offsets
+
     def log_partition(self) -> Tensor:
         if self.native:
             return structured.LogPartition.apply(*self.scores, self.kernels)
         return reference.log_partition(*self.scores, self.step)
 
     def marginals(self) -> Tensor:
+        return self.posterior(self.transition.diagonals.dim(), edges=False)[0]
+
+    def edge_marginals(self) -> Tensor:
+        return self._spread(self.posterior(4, edges=True)[1])
+
+    def transition_counts(self) -> Tensor:
+        edges = self.posterior(max(self.transition.diagonals.dim(), 3), edges=True)[1]
+        return self._spread(edges.sum(1) if edges.dim() == 4 else edges)
+
+    def _spread(self, edges: Tensor) -> Tensor:
+        """(..., N, N) from what is along the diagonals, (..., D, N)."""
+        return Banded(edges, self.offsets).dense(elsewhere=0)
+
+    def posterior(self, transition_axes: int, edges: bool) -> tuple[Tensor, Tensor]:
+        """State posteriors and those of arcs along the diagonals, which are expanded to `transition_axes` axes."""
+        initial, diagonals, *others = self.scores
+        for axes in range(diagonals.dim(), transition_axes):
+            times = self.batch if axes == 2 else max(self.time - 1, 0)
+            diagonals = diagonals.unsqueeze(axes - 2).expand(*diagonals.shape[: axes - 2], times, -1, -1)
+        scores = (initial, diagonals, *others)
         if self.native:
-            return structured.marginals(self.scores, self.kernels)
-        return structured.reference_marginals(self.scores, self.step)
+            return structured.posterior(scores, self.kernels, edges)
+        return structured.reference_posterior(scores, self.step, edges)
 
     def viterbi(self) -> tuple[Tensor, Tensor]:
         if self.native:

@@ -6,13 +6,19 @@ import torch
 from torch import Tensor
 
 from .active import ActiveChain
+from .banded import BandedChain
 from .chain import Chain
 from .dense import DenseChain
 
+Wide = DenseChain | BandedChain
 
-def _doubled(p: Chain, q: Chain) -> tuple[DenseChain, DenseChain]:
-    """Both chains without structure and in float64; gradients reach the original scores."""
+
+def _doubled(p: Chain, q: Chain) -> tuple[Wide, Wide]:
+    """Both chains in float64, without structure unless both are along the same diagonals; gradients reach the original
+    scores."""
     p, q = p.map(Tensor.double), (None if q is p else q.map(Tensor.double))
+    if isinstance(p, BandedChain) and (q is None or p.same_diagonals(q)):
+        return p, p if q is None else q
     if isinstance(p, ActiveChain) and (q is None or p.same_states(q)):
         wide, other = p.slots(), None if q is None else q.slots()
     else:
@@ -26,13 +32,13 @@ def _expectation(weight: Tensor, score: Tensor) -> Tensor:
     return (weight * used).flatten(1).sum(1)
 
 
-def expected_score(p: DenseChain, q: DenseChain) -> Tensor:
+def expected_score(p: Wide, q: Wide) -> Tensor:
     """E_p[s_q(z)], (B,): posteriors of p times scores of q. -inf where q forbids what p allows."""
     initial, transition, emission, lengths, final = q.scores
     batch, time, _ = p.size
     if time == 0:
         return torch.zeros(batch, dtype=transition.dtype, device=transition.device)
-    state, edge = p.posterior(4 if transition.dim() == 4 else max(p.transition.dim(), 3), edges=True)
+    state, edge = p.posterior(4 if transition.dim() == 4 else max(p.scores[1].dim(), 3), edges=True)
     if transition.dim() < 4 and edge.dim() == 4:
         edge = edge.sum(1)
     total = _expectation(state[:, 0], initial.expand(batch, -1))
@@ -56,7 +62,7 @@ def _same_frames(p: Chain, q: Chain) -> None:
         raise ValueError(f"other: has lengths {q.lengths.tolist()}, expected {p.lengths.tolist()}, those of this chain")
 
 
-def _cross_entropy(p: DenseChain, q: DenseChain) -> Tensor:
+def _cross_entropy(p: Wide, q: Wide) -> Tensor:
     """log Z_q - E_p[s_q], (B,), in float64."""
     expected = expected_score(p, q)
     feasible = p.log_partition().detach() > -torch.inf

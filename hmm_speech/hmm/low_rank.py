@@ -47,8 +47,8 @@ class LowRankChain(Chain):
 
     def marginals(self) -> Tensor:
         if self.by_products:
-            return structured.marginals(self.scores, self.kernels)
-        return structured.reference_marginals(self.scores, self.kernels.step)
+            return structured.posterior(self.scores, self.kernels, edges=False)[0]
+        return structured.reference_posterior(self.scores, self.kernels.step, edges=False)[0]
 
     def scaled(self, factor: float) -> Chain:
         return self.dense().scaled(factor)  # a power of a product of matrices is not the product of their powers

@@ -61,17 +61,17 @@ class Posterior(Function):
         return ops.through_reference(ctx, twin, (grad_state, grad_edge))
 
 
-def marginals(scores: tuple, kernels) -> Tensor:
-    """p(z_t | x), (B, T, N), differentiable."""
+def posterior(scores: tuple, kernels, edges: bool) -> tuple[Tensor, Tensor]:
+    """p(z_t | x), (B, T, N), and the gradient of log Z with respect to ``arcs``; differentiable."""
     with torch.no_grad():
         messages = kernels.forward(*scores)
-    return Posterior.apply(torch.ones_like(messages[0]), *scores, kernels, False, *messages)[0]
+    return Posterior.apply(torch.ones_like(messages[0]), *scores, kernels, edges, *messages)
 
 
-def reference_marginals(scores: tuple, step) -> Tensor:
+def reference_posterior(scores: tuple, step, edges: bool) -> tuple[Tensor, Tensor]:
     """The same through the reference."""
     initial, _, emission, _, _ = scores
     ones = torch.ones(emission.shape[0], dtype=initial.dtype, device=initial.device)
-    state, _ = ops.posterior(ones, *scores, False, step)
+    state, edge = ops.posterior(ones, *scores, edges, step)
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in scores)
-    return state if wanted else state.detach()
+    return (state, edge) if wanted else (state.detach(), edge.detach())

@@ -110,10 +110,13 @@ class Banded:
         target = torch.arange(self.num_states) + torch.tensor(self.offsets).unsqueeze(-1)
         return ((target >= 0) & (target < self.num_states)).to(self.diagonals.device)
 
-    def dense(self) -> Tensor:
-        """(..., N, N), -inf off the diagonals."""
+    def dense(self, elsewhere: float = -INF) -> Tensor:
+        """(..., N, N), `elsewhere` off the diagonals."""
         rows = torch.arange(self.num_states, device=self.diagonals.device)
-        return self._look_up(rows.unsqueeze(-1), rows)
+        found = torch.full((), elsewhere, dtype=self.diagonals.dtype, device=self.diagonals.device)
+        for d, offset in enumerate(self.offsets):
+            found = torch.where(rows - rows.unsqueeze(-1) == offset, self.diagonals[..., d, :].unsqueeze(-1), found)
+        return found.expand(*self.leading, self.num_states, self.num_states)
 
     def gather(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Scores of arcs from states (B, T-1, I) to states (B, T-1, J): (B, T-1, I, J)."""
@@ -123,12 +126,6 @@ class Banded:
             picked = _rows(self.diagonals[..., d, :].unsqueeze(-1), rows.squeeze(-1))
             found = torch.where(columns - rows == offset, picked, found)
         return found
-
-    def _look_up(self, rows: Tensor, columns: Tensor) -> Tensor:
-        found = torch.full((), -INF, dtype=self.diagonals.dtype, device=self.diagonals.device)
-        for d, offset in enumerate(self.offsets):
-            found = torch.where(columns - rows == offset, self.diagonals[..., d, :].unsqueeze(-1), found)
-        return found.expand(*self.leading, self.num_states, self.num_states)
 
 
 class Chunked:

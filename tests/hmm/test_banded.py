@@ -149,6 +149,31 @@ def test_what_leads_nowhere_and_the_padding_are_never_read(backend, kind):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("other", KINDS)
+@pytest.mark.parametrize("forbidden", [0.0, 0.6])
+def test_what_is_said_of_arcs_is_that_of_the_dense_chain(backend, kind, other, forbidden):
+    """Counts, edges and entropies never form the dense scores; what leads nowhere is NaN, as is the padding."""
+    offsets = (1, -2, 0, 25)
+    p, q = (banded(5, 6, 8, offsets, k, s, torch.float64, forbidden) for k, s in ((kind, 2), (other, 5)))
+    p["lengths"] = q["lengths"] = torch.tensor([6, 0, 1, 4, 6])
+    dense = [HMM(**{**x, "transition": x["transition"].dense()}) for x in (p, q)]
+    padding = torch.arange(6) >= p["lengths"][:, None]
+    for x in (p, q):
+        diagonals = x["transition"].diagonals.clone()
+        diagonals[..., ~x["transition"].inside()] = float("nan")
+        x["transition"] = Banded(diagonals, offsets)
+        x["emission"] = x["emission"].masked_fill(padding.unsqueeze(-1), float("nan"))
+    with use_backend(backend):
+        mine = [HMM(**p), HMM(**q)]
+        for method in ("edge_marginals", "transition_counts", "entropy"):
+            torch.testing.assert_close(getattr(mine[0], method)(), getattr(dense[0], method)())
+        for method in ("cross_entropy", "kl_divergence"):
+            torch.testing.assert_close(getattr(mine[0], method)(mine[1]), getattr(dense[0], method)(dense[1]))
+    assert (dense[0].log_partition() == -INF).any() == bool(forbidden)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_infeasible_sequences(backend, kind):
     arguments = banded(3, 5, 4, (0, 1), kind, 1, lengths="full")
     arguments["emission"][1, 2] = -INF

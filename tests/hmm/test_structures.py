@@ -90,7 +90,8 @@ def test_first_and_second_derivatives(backend, transition, emission, method):
 
     with use_backend(backend):
         assert torch.autograd.gradcheck(function, tuple(inputs.values()))
-        assert torch.autograd.gradgradcheck(function, tuple(inputs.values()))
+        # In random directions: all numbers of all combinations take minutes.
+        assert torch.autograd.gradgradcheck(function, tuple(inputs.values()), fast_mode=True)
 
 
 @pytest.mark.parametrize(("transition", "emission"), COMBINATIONS)
