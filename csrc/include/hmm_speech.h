@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-#define HMM_ABI_VERSION 4
+#define HMM_ABI_VERSION 5
 #define HMM_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -25,9 +25,9 @@ extern "C" {
 enum hmm_status { HMM_OK = 0, HMM_INVALID_ARGUMENT = 1, HMM_OUT_OF_MEMORY = 2, HMM_CUDA_ERROR = 1000 };
 
 /* How a sequence was computed: by scaled probabilities, certified exact; again in float64, since they could not be
- * certified (csrc/cpu/scaled_arcs.h, redo.h); in log space, as time-varying transitions are; or from both ends at once, by
- * scaled probabilities, on a GPU also in log space. */
-enum hmm_method { HMM_SCALED = 0, HMM_REDONE = 1, HMM_LOG_SPACE = 2, HMM_BOTH_ENDS = 3 };
+ * certified (csrc/cpu/scaled_arcs.h, redo.h); in log space, as time-varying transitions are; from both ends at once, by
+ * scaled probabilities, on a GPU also in log space; or, on a GPU, in log space and chunks of frames, all at once. */
+enum hmm_method { HMM_SCALED = 0, HMM_REDONE = 1, HMM_LOG_SPACE = 2, HMM_BOTH_ENDS = 3, HMM_CHUNKS = 4 };
 
 /* How threads share the sequences where there are fewer groups of 8 than threads and one matrix for all (otherwise it is
  * not read): each has some of them; two walk the same ones from both ends (hmm_forward; hmm_backward follows the method);
@@ -48,6 +48,7 @@ typedef struct hmm_problem {
   int32_t time_varying; /* 1: transitions (or the gradient asked for) have a time axis; log space throughout */
   int32_t threads;      /* at least 1 */
   int32_t sharing;      /* enum hmm_sharing */
+  int32_t chunk_frames; /* of a chunk, 0 for none: on a GPU, the same in hmm_cuda_forward and hmm_cuda_backward */
 } hmm_problem;
 
 /* Forward algorithm.
