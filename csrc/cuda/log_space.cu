@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kHalfThreads<Real, Large, RowTiles>, 1)
 // A chunk a block, of the sequences that are done so: chunks.h.
 template <class Real>
 __global__ void __launch_bounds__(kMostThreads, kBlocks<Real>)
-    chunk_kernel(hmm_problem p, Tiling o, Chunks chunks, Real *alpha, Real *norm, Real *centre) {
+    chunk_forward_kernel(hmm_problem p, Tiling o, Chunks chunks, Real *alpha, Real *norm, Real *centre) {
   HMM_SHARED_MEMORY(memory);
   const int64_t b = blockIdx.x, chunk = blockIdx.y, T = p.time, N = p.states;
   if (!chunks.done[b]) return;  // the whole block
@@ -182,7 +182,7 @@ int log_space_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Re
       done = chunks.done;
       int status = transfer(p, chunks, log_partition, method, stream);
       if (!status)
-        status = launch(chunk_kernel<Real>, grid, o.threads, bytes, stream, p, o, chunks, alpha, norm, centre);
+        status = launch(chunk_forward_kernel<Real>, grid, o.threads, bytes, stream, p, o, chunks, alpha, norm, centre);
       if (status) return status;
     }
   if (p.sharing == HMM_BY_ENDS) {

@@ -259,7 +259,7 @@ __device__ __forceinline__ void messages_of(const Real *norm, const Real *emissi
 // A chunk a block, of the sequences that were done so: chunks.h. Its arcs are those into its frames.
 template <class Real>
 __global__ void __launch_bounds__(kMostThreads, kBlocks<Real>)
-    chunk_kernel(hmm_problem p, Tiling o, const Real *grad, const Real *alpha, const Real *norm, const Real *centre,
+    chunk_backward_kernel(hmm_problem p, Tiling o, const Real *grad, const Real *alpha, const Real *norm, const Real *centre,
                  const int32_t *method, Real *state, Real *edge) {
   HMM_SHARED_MEMORY(memory);
   const int64_t b = blockIdx.x, chunk = blockIdx.y, T = p.time, N = p.states;
@@ -308,7 +308,7 @@ int log_space_backward(const hmm_problem &p, const Real *grad, const Real *log_p
                        backward_fixed<Real>(rows.threads, p.states, tiled);
   if constexpr (sizeof(Real) == 4)
     if (by_chunks<Real>(p)) {
-      const int status = launch(chunk_kernel<Real>, dim3(unsigned(p.batch), unsigned(chunks_of(p))), rows.threads,
+      const int status = launch(chunk_backward_kernel<Real>, dim3(unsigned(p.batch), unsigned(chunks_of(p))), rows.threads,
                                 bytes + carved<Real>(p.states), stream, p, rows, grad, alpha, norm, centre, method,
                                 state, edge);
       if (status) return status;

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -40,6 +41,10 @@ _BOTH_ENDS_TO = 2048
 # Where transitions vary over time (log_space.cu), a step is a chain of 1.6 us or more, or reads its arcs as fast; the
 # halves meet in one launch more, which reads all arcs of a step twice.
 _VARYING_STEP, _LAUNCH = 1.6, 3.0
+# In chunks (transfer.cu), a frame is N^3 products beside its steps, here for 50 states, at least what its two barriers
+# and N^2 exponentials take; at a chunk's ends, messages are handed on one chunk after the other; four launches more.
+_MATRIX_FRAME, _LEAST_MATRIX_FRAME, _BRIDGE = 2.1, 0.6, 1.0
+_CHUNK_STATES = 64
 
 
 def walk_both_ends(time: int, num_states: int, in_steps: bool) -> bool:
@@ -59,6 +64,21 @@ def walk_varying_from_both_ends(batch: int, time: int, num_states: int, multipro
     arcs = num_states**2 * _JOINED_ARC
     saved = (2 * (time // 2) - 1) * max(_VARYING_STEP, arcs)
     return 2 * batch <= multiprocessors and saved > _LAUNCH + 2 * arcs
+
+
+def chunk_frames(batch: int, time: int, num_states: int, multiprocessors: int) -> int:
+    """Frames of a chunk where a float32 problem whose transitions vary over time is best cut into chunks, else 0.
+
+    A multiprocessor has one chunk: of P chunks a sequence, T / P frames each, forward and backward take T / P times a
+    frame of a matrix and two steps of a walk, and P steps of the bridge. From both ends they take T / 2 steps each."""
+    most = multiprocessors // batch if batch else 0
+    if num_states > _CHUNK_STATES or most < 2 or time < 2:
+        return 0
+    frame = max(_LEAST_MATRIX_FRAME, _MATRIX_FRAME * (num_states / 50) ** 3) + 2 * _VARYING_STEP
+    chunks = max(2, min(most, round(math.sqrt(time * frame / _BRIDGE))))
+    frames = -(-time // chunks)
+    cost = frames * frame + chunks * _BRIDGE + 4 * _LAUNCH
+    return frames if frames < time and cost < time * _VARYING_STEP else 0
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -111,7 +131,10 @@ class Call(ops._Call):
         if not both_ends:
             return
         if self.time_varying:
-            halves = walk_varying_from_both_ends(batch, time, num_states, multiprocessors(self.device))
+            processors = multiprocessors(self.device)
+            halves = walk_varying_from_both_ends(batch, time, num_states, processors)
+            if self.dtype == torch.float32:
+                self.problem.chunk_frames = chunk_frames(batch, time, num_states, processors)
         else:
             halves = walk_both_ends(time, num_states, self.in_steps)
         if halves:
