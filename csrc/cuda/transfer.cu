@@ -407,7 +407,7 @@ __global__ void __launch_bounds__(kBridge, 1)
   for (int64_t chunk = lane; chunk < count; chunk += kWarp) flags |= chunks.flags[b * P + chunk];
   const bool far = __any_sync(kAllLanes, flags & kDoesNotMix), lost = __any_sync(kAllLanes, flags & kMayHaveLost);
   if (lane != 0) return;
-  const bool done = !(far && lost) && z - z == 0;
+  const bool done = (!(far && lost) || HMM_MUTATION == 35) && z - z == 0;
   chunks.done[b] = done;
   if (done) log_partition[b] = float(z), method[b] = HMM_CHUNKS;
 }
