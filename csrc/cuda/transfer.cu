@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(kMost, 2) transfer_kernel(hmm_problem p, Sizes
     if (c > 0 && c % kEvery == 0 && has_tile) {
       exponents_of(held.tallest, o, tile_row, kRowBits, up);
 #pragma unroll
-      for (int r = 0; r < 4; r++) up[r] = min(kRowBits - up[r], kMostUp), shifts[r] += up[r];
+      for (int r = 0; r < 4; r++) up[r] = min(kRowBits - up[r], kMostUp), shifts[r] += HMM_MUTATION == 36 ? 0 : up[r];
     }
     if (!last) {
       arcs.load(q, span.first + c + 1, row, column, o.groups);
