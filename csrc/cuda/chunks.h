@@ -1,8 +1,8 @@
 // Sequences cut into chunks of p.chunk_frames frames each, of which the last one may be shorter: the frames of a chunk,
 // and what transfer.cu leaves for the walks of log_space.cu and log_space_back.cu, in the forward pass's workspace.
 #pragma once
-#include "device.h"
 #include "kernels.h"
+#include "staging.h"
 
 namespace hmm {
 
@@ -50,8 +50,31 @@ struct Chunks {
   }
 };
 
-// The matrices of all chunks, and what is known from them at their ends (transfer.cu); log_partition and method
-// (HMM_CHUNKS) of the sequences that are done in chunks. Those that cannot be are left alone.
-int transfer(const hmm_problem &p, const Chunks &chunks, float *log_partition, int32_t *method, void *stream);
+// Scores of states lane and lane + 32, for whole warps.
+struct Pair {
+  float low, high;
+  static __device__ __forceinline__ Pair of(const float *x, int N, float without) {
+    const int lane = threadIdx.x % kWarp;
+    const float none = negative_infinity<float>();
+    return {lane >= N ? none : x ? x[lane] : without, lane + kWarp >= N ? none : x ? x[lane + kWarp] : without};
+  }
+  // Takes out the larger of all, and returns it: 0 where all are forbidden.
+  __device__ __forceinline__ float centre() {
+    const float top = or_zero(warp_max(fmax(low, high)));
+    low -= top, high -= top;
+    return top;
+  }
+  __device__ __forceinline__ void add(Pair x) { low += x.low, high += x.high; }
+  __device__ __forceinline__ void put(float *to, int N) const {
+    const int lane = threadIdx.x % kWarp;
+    if (lane < N) to[lane] = low;
+    if (lane + kWarp < N) to[lane + kWarp] = high;
+  }
+};
+
+// The matrices of all chunks (transfer.cu); what is known from them at the chunks' ends (bridge.cu), and log_partition and
+// method (HMM_CHUNKS) of the sequences that are done in chunks. Those that cannot be are left alone.
+int transfer(const hmm_problem &p, const Chunks &chunks, void *stream);
+int bridge(const hmm_problem &p, const Chunks &chunks, float *log_partition, int32_t *method, void *stream);
 
 }  // namespace hmm

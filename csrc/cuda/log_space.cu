@@ -180,7 +180,8 @@ int log_space_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Re
       const Chunks chunks(p, taken + 2 * p.batch);
       const dim3 grid(unsigned(p.batch), unsigned(chunks_of(p)));
       done = chunks.done;
-      int status = transfer(p, chunks, log_partition, method, stream);
+      int status = transfer(p, chunks, stream);
+      if (!status) status = bridge(p, chunks, log_partition, method, stream);
       if (!status)
         status = launch(chunk_forward_kernel<Real>, grid, o.threads, bytes, stream, p, o, chunks, alpha, norm, centre);
       if (status) return status;

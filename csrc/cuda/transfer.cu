@@ -30,7 +30,7 @@
 //     product N^2 2^-126 <= s' 2^-74 of all. So what is lost is less than 2^-73 of the row. What follows weighs two
 //     entries differently by 2^R at most, since the arcs of the next frame do; after the last frame, whose final scores
 //     B_{L-1} has, not at all. So a frame costs posteriors and Z 2^(R - 73) = 2^-47 of themselves, T frames 2^-27.
-// NaN and +inf fail (entrywise), and the rows that they reach are NaN and so is log Z. Sequences with neither
+// NaN reaches all rows, and with them log Z, as +inf does, less itself. Sequences with neither
 // certificate, or whose log Z is not finite, are not done in chunks. a_c and f_c lose nothing, being logarithms.
 //
 // Compiled for sm_75 to sm_120 and executed on the CPU by the tests; not timed on a GPU.
@@ -40,65 +40,43 @@
 namespace hmm {
 namespace {
 
-constexpr int kMost = 256, kRows = 18, kEvery = 4;  // threads; arcs of a frame that a thread has; frames to a rescale
+constexpr int kMost = 256, kRows = 16, kEvery = 4;  // threads; arcs of a frame that a thread has; frames to a rescale
+constexpr int kPitch = int(kChunkStates), kWarps = kMost / kWarp;  // of a matrix's row in shared memory
 constexpr int kRowBits = 90, kMostUp = 120;         // where rows begin; more would be no float
 constexpr float kMixingNats = 18, kArcNats = 69, kSmallestEntry = 0x1p-26f;
 constexpr double kLn2 = 0.6931471805599453;
 
-// How a block shares N states: a matrix in side x side tiles, rows of `pitch`; threads by columns in `groups`.
+// How a block shares N states: a matrix in side x side tiles, the threads by columns in `groups`.
 struct Sizes {
-  int side, pitch, threads, groups;
+  int side, threads, groups;
 };
 Sizes sizes_of(int N) {
   Sizes o = {};
-  o.side = (N + 3) / 4, o.pitch = 4 * o.side;
+  o.side = (N + 3) / 4;
   o.threads = (max(o.side * o.side, N * ((N + kRows - 1) / kRows)) + kWarp - 1) / kWarp * kWarp;
   o.groups = o.threads / N;
   return o;
 }
 
 struct Memory {
-  float *arcs, *even, *odd;  // B_t by rows; M by columns, of two frames
-  float *weights;            // of the next frame: emissions, less what is taken out
-  float *tallest;            // of a tile's rows, for each of its columns of tiles
-  float *tops;               // of the next frame's arcs, one a warp
-  int32_t *flags, *exponents;  // of a warp; of the rows, at the end
+  float *arcs, *even, *odd;    // B_t by rows; M by columns, of two frames
+  float *tallest;              // of a tile's rows, for each of its columns of tiles
+  float *weights, *tops;       // of the next frame: emissions, less what is taken out; its arcs' largest, one a warp
+  int32_t *shifts, *exponents, *flags;  // of the rows, what 2 they were multiplied with; at the end; of a warp
 
-  __device__ Memory(unsigned char *&at, const Sizes &o, int warps)
-      : arcs(carve<float>(at, o.pitch * o.pitch)),
-        even(carve<float>(at, o.pitch * o.pitch)),
-        odd(carve<float>(at, o.pitch * o.pitch)),
-        weights(carve<float>(at, o.pitch)),
-        tallest(carve<float>(at, o.side * o.pitch)),
-        tops(carve<float>(at, warps)),
-        flags(carve<int32_t>(at, warps)),
-        exponents(carve<int32_t>(at, o.pitch)) {}
-  static size_t bytes(const Sizes &o) {
-    const int warps = o.threads / kWarp;
-    return 3 * carved<float>(o.pitch * o.pitch) + carved<float>(o.pitch) + carved<float>(o.side * o.pitch) +
-           carved<float>(warps) + carved<int32_t>(warps) + carved<int32_t>(o.pitch);
-  }
-};
-
-// Scores of states lane and lane + 32, for whole warps.
-struct Pair {
-  float low, high;
-  static __device__ __forceinline__ Pair of(const float *x, int N, float without) {
-    const int lane = threadIdx.x % kWarp;
-    const float none = negative_infinity<float>();
-    return {lane >= N ? none : x ? x[lane] : without, lane + kWarp >= N ? none : x ? x[lane + kWarp] : without};
-  }
-  // Takes out the larger of all, and returns it: 0 where all are forbidden.
-  __device__ __forceinline__ float centre() {
-    const float top = or_zero(warp_max(fmax(low, high)));
-    low -= top, high -= top;
-    return top;
-  }
-  __device__ __forceinline__ void add(Pair x) { low += x.low, high += x.high; }
-  __device__ __forceinline__ void put(float *to, int N) const {
-    const int lane = threadIdx.x % kWarp;
-    if (lane < N) to[lane] = low;
-    if (lane + kWarp < N) to[lane + kWarp] = high;
+  __device__ explicit Memory(unsigned char *&at)
+      : arcs(carve<float>(at, kPitch * kPitch)),
+        even(carve<float>(at, kPitch * kPitch)),
+        odd(carve<float>(at, kPitch * kPitch)),
+        tallest(carve<float>(at, kPitch / 4 * kPitch)),
+        weights(carve<float>(at, kPitch)),
+        tops(carve<float>(at, kWarps)),
+        shifts(carve<int32_t>(at, kPitch)),
+        exponents(carve<int32_t>(at, kPitch)),
+        flags(carve<int32_t>(at, kWarps)) {}
+  static constexpr size_t bytes() {
+    return 3 * carved<float>(kPitch * kPitch) + carved<float>(kPitch / 4 * kPitch) + 3 * carved<float>(kPitch) +
+           2 * carved<float>(kWarps);
   }
 };
 
@@ -106,35 +84,26 @@ __device__ __forceinline__ Pair emission_of(const Sequence<float> &q, int64_t t)
   return Pair::of(q.emission ? q.emission + t * q.states : nullptr, q.states, 0);
 }
 
-// What B_t has beside its arcs, to `weights`; returns what is taken out. For one warp.
-__device__ __forceinline__ double weigh(const Sequence<float> &q, int64_t t, Pair scores, float *weights) {
-  double taken = double(scores.centre());
-  if (t == 0) {
-    Pair initial = Pair::of(q.initial, q.states, 0);
-    taken += double(initial.centre());
-    scores.add(initial);
-  }
-  if (t == q.length - 1 && q.final) {
-    Pair final = Pair::of(q.final, q.states, 0);
-    taken += double(final.centre());
-    scores.add(final);
-  }
-  taken += double(scores.centre());
-  scores.put(weights, q.states);
-  return taken;
+// Adds the scores of a sequence's first or last state, less their largest; returns that.
+__device__ __forceinline__ double add_centred(Pair &scores, const float *ends, int N) {
+  Pair end = Pair::of(ends, N, 0);
+  const double taken = double(end.centre());
+  scores.add(end);
+  return taken + double(scores.centre());
 }
 
-// The arcs of a frame that are this thread's: of column `column`, every groups-th row.
+// The arcs of a frame that are this thread's: of column `column`, every groups-th row from `row` on.
 struct Held {
   float scores[kRows];
 
+  // What is behind the last row is as the first one of the thread's: no extreme.
   __device__ __forceinline__ void load(const Sequence<float> &q, int64_t t, int row, int column, int groups) {
     const int N = q.states;
-    const float *arc = q.transition;
-    if (t > 0) arc = q.arcs(t) + row * N + column;
+    const float *arc = t > 0 ? q.arcs(t) + row * N + column : nullptr;
 #pragma unroll
     for (int k = 0; k < kRows; k++) {
-      scores[k] = row >= N ? negative_infinity<float>() : t > 0 ? *arc : 0.0f;
+      scores[k] = k > 0 ? scores[0] : 0.0f;
+      if (row < N && t > 0) scores[k] = *arc;
       row += groups, arc += groups * N;
     }
   }
@@ -142,22 +111,19 @@ struct Held {
     float found = scores[0];
 #pragma unroll
     for (int k = 1; k < kRows; k++) found = fmax(found, scores[k]);
-    return warp_max(found);
+    return found;
   }
-  // B_t to shared memory; what it does to the certificates.
-  __device__ __forceinline__ void exponentiate(float *arcs, int pitch, int N, int row, int column, int groups, float top,
-                                               float weight, bool &mixes, bool &certain) const {
-    const bool forbidden = weight == negative_infinity<float>();
-    float *to = arcs + row * pitch + column;
+  // B_t to shared memory. The lowest of the arcs below `top`, and of the logarithms of allowed B_t(i, j).
+  __device__ __forceinline__ void exponentiate(float *arcs, int N, int row, int column, int groups, float top,
+                                               float weight, float &lowest_arc, float &lowest) const {
+    float *to = arcs + row * kPitch + column;
 #pragma unroll
     for (int k = 0; k < kRows; k++) {
-      if (row < N) {
-        const float below = scores[k] - top, x = below + weight;
-        mixes &= below >= -kMixingNats;
-        certain &= forbidden || scores[k] == negative_infinity<float>() || x >= -kArcNats;
-        *to = exp(x);
-      }
-      row += groups, to += groups * pitch;
+      const float below = scores[k] - top, x = below + weight, number = exp(x);
+      lowest_arc = fmin(lowest_arc, below);
+      lowest = fmin(lowest, x == negative_infinity<float>() ? 0.0f : x);
+      if (row < N) *to = number;
+      row += groups, to += groups * kPitch;
     }
   }
 };
@@ -166,16 +132,16 @@ struct Held {
 struct Tile {
   float sums[4][4];  // row, column
 
-  __device__ __forceinline__ void multiply(const float *matrix, const float *arcs, int N, int side, int row, int column) {
-    const float4 *const left = reinterpret_cast<const float4 *>(matrix) + row,
-                 *const right = reinterpret_cast<const float4 *>(arcs) + column;
+  __device__ __forceinline__ void multiply(const float *matrix, const float *arcs, int N, int row, int column) {
+    const float4 *left = reinterpret_cast<const float4 *>(matrix) + row,
+                 *right = reinterpret_cast<const float4 *>(arcs) + column;
 #pragma unroll
     for (int r = 0; r < 4; r++)
 #pragma unroll
       for (int c = 0; c < 4; c++) sums[r][c] = 0;
-#pragma unroll 4
+#pragma unroll 2
     for (int k = 0; k < N; k++) {
-      const float4 a = left[k * side], b = right[k * side];
+      const float4 a = left[k * (kPitch / 4)], b = right[k * (kPitch / 4)];
       const float of_rows[4] = {a.x, a.y, a.z, a.w}, of_columns[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
       for (int r = 0; r < 4; r++)
@@ -183,22 +149,32 @@ struct Tile {
         for (int c = 0; c < 4; c++) sums[r][c] += of_rows[r] * of_columns[c];
     }
   }
-  __device__ __forceinline__ void rescale(const int (&up)[4], bool &certain) {
+  // Times 2^up of each row; the smallest number that is not 0, or was not before.
+  __device__ __forceinline__ void rescale(const int (&up)[4], float &smallest) {
 #pragma unroll
     for (int r = 0; r < 4; r++) {
       const float scale = ldexp(1.0f, up[r]);
 #pragma unroll
       for (int c = 0; c < 4; c++) {
-        const bool reached = sums[r][c] > 0;
-        sums[r][c] *= scale;
-        certain &= !reached || sums[r][c] >= kSmallestEntry;
+        const float x = sums[r][c];
+        sums[r][c] = x * scale;
+        smallest = fmin(smallest, x > 0 ? sums[r][c] : 1.0f);
       }
     }
   }
-  __device__ __forceinline__ void put(float *matrix, int side, int row, int column) const {
+  __device__ __forceinline__ float smallest() const {
+    float found = 1;
+#pragma unroll
+    for (int r = 0; r < 4; r++)
+#pragma unroll
+      for (int c = 0; c < 4; c++) found = fmin(found, sums[r][c] > 0 ? sums[r][c] : 1.0f);
+    return found;
+  }
+  __device__ __forceinline__ void put(float *matrix, int row, int column) const {
     float4 *const to = reinterpret_cast<float4 *>(matrix) + row;
 #pragma unroll
-    for (int c = 0; c < 4; c++) to[(4 * column + c) * side] = {sums[0][c], sums[1][c], sums[2][c], sums[3][c]};
+    for (int c = 0; c < 4; c++)
+      to[(4 * column + c) * (kPitch / 4)] = {sums[0][c], sums[1][c], sums[2][c], sums[3][c]};
   }
   // The largest of each row.
   __device__ __forceinline__ float4 tallest() const {
@@ -210,11 +186,11 @@ struct Tile {
 };
 
 // Exponents of the largest numbers of a tile's rows; `empty`, where these are 0.
-__device__ __forceinline__ void exponents_of(const float *tallest, const Sizes &o, int row, int empty, int (&found)[4]) {
+__device__ __forceinline__ void exponents_of(const float *tallest, int side, int row, int empty, int (&found)[4]) {
   float4 top = {};
 #pragma unroll 1
-  for (int column = 0; column < o.side; column++) {
-    const float4 x = *reinterpret_cast<const float4 *>(tallest + column * o.pitch + 4 * row);
+  for (int column = 0; column < side; column++) {
+    const float4 x = *reinterpret_cast<const float4 *>(tallest + column * kPitch + 4 * row);
     top = {fmax(top.x, x.x), fmax(top.y, x.y), fmax(top.z, x.z), fmax(top.w, x.w)};
   }
   const float of[4] = {top.x, top.y, top.z, top.w};
@@ -223,12 +199,12 @@ __device__ __forceinline__ void exponents_of(const float *tallest, const Sizes &
 }
 
 // The logarithms of a matrix, each row's less 2^exponent, to (N, N) numbers and their transpose.
-__device__ __forceinline__ void put_logs(const float *matrix, const int32_t *exponents, int N, int pitch, float *along,
+__device__ __forceinline__ void put_logs(const float *matrix, const int32_t *exponents, int N, float *along,
                                          float *against) {
 #pragma unroll 1
   for (int k = threadIdx.x; k < N * N; k += blockDim.x) {
     const int i = k / N, j = k - i * N;
-    const float x = matrix[j * pitch + i];
+    const float x = matrix[j * kPitch + i];
     const int exponent = x > 0 ? ilogb(x) : 0;
     // Near 0 where x is near the row's largest, and as exact there.
     const float log_x = x == 0 ? negative_infinity<float>()
@@ -237,190 +213,147 @@ __device__ __forceinline__ void put_logs(const float *matrix, const int32_t *exp
   }
 }
 
+// Which numbers are a thread's: a tile of M, and of the arcs one column's, every groups-th row.
+struct Place {
+  bool has_tile, has_arcs;
+  int tile_row, tile_column, row, column;
+  __device__ __forceinline__ Place(const Sizes &o, int N) {
+    const int thread = threadIdx.x;
+    has_tile = thread < o.side * o.side, has_arcs = thread < o.groups * N;
+    tile_row = thread % o.side, tile_column = thread / o.side;
+    column = thread % N, row = has_arcs ? thread / N : N;  // without any: behind all rows
+  }
+};
+
+// The certificates' numbers, of a thread.
+struct Extremes {
+  float lowest_arc = 0, lowest = 0, smallest = 1;  // of arcs, below their largest; of log B_t; of M
+  __device__ __forceinline__ int32_t flags(bool has_arcs) const {
+    const bool far = has_arcs && !(lowest_arc >= -kMixingNats);
+    const bool lost = (has_arcs && !(lowest >= -kArcNats)) || !(smallest >= kSmallestEntry);
+    const bool any_far = __any_sync(kAllLanes, far), any_lost = __any_sync(kAllLanes, lost);
+    return (any_far ? kDoesNotMix : 0) | (any_lost ? kMayHaveLost : 0);
+  }
+};
+
+// Before the first frame: M is 2^kRowBits on its diagonal, and what pads is 0. A barrier.
+__device__ __forceinline__ void begin(const Memory &held) {
+#pragma unroll 1
+  for (int k = threadIdx.x; k < kPitch * kPitch; k += blockDim.x)
+    held.arcs[k] = held.odd[k] = 0, held.even[k] = k % (kPitch + 1) == 0 ? ldexp(1.0f, kRowBits) : 0.0f;
+#pragma unroll 1
+  for (int k = threadIdx.x; k < kPitch; k += blockDim.x) held.shifts[k] = kRowBits;
+  if (threadIdx.x < kWarps) held.tops[threadIdx.x] = negative_infinity<float>();
+  __syncthreads();
+}
+
+// What frame t needs of all threads, to be followed by a barrier: the largest of its arcs, and its emissions with what
+// else B_t has, less what is taken out. All warps find the same about emissions; warp 0 returns what that is.
+__device__ __forceinline__ double share(const Memory &held, const Sequence<float> &q, int64_t t, const Held &arcs,
+                                        bool has_arcs, Pair &emission) {
+  const float top = warp_max(has_arcs ? arcs.top() : negative_infinity<float>());
+  double taken = double(emission.centre());
+  if (t == 0) taken += add_centred(emission, q.initial, q.states);
+  if (t == q.length - 1 && q.final) taken += add_centred(emission, q.final, q.states);
+  const int warp = threadIdx.x / kWarp;
+  if (threadIdx.x % kWarp == 0) held.tops[warp] = top;
+  if (warp == 0) emission.put(held.weights, q.states);
+  return warp == 0 ? taken : 0;
+}
+__device__ __forceinline__ float top_of_arcs(const Memory &held) {
+  float top = held.tops[0];
+#pragma unroll
+  for (int w = 1; w < kWarps; w++) top = fmax(top, held.tops[w]);
+  return or_zero(top);
+}
+
+// Powers of 2 for a tile's rows.
+__device__ __forceinline__ void find_shifts(const Memory &held, int side, const Place &place, int (&up)[4]) {
+  exponents_of(held.tallest, side, place.tile_row, kRowBits, up);
+#pragma unroll
+  for (int r = 0; r < 4; r++) {
+    up[r] = min(kRowBits - up[r], kMostUp);
+    if (place.tile_column == 0) held.shifts[4 * place.tile_row + r] += HMM_MUTATION == 36 ? 0 : up[r];
+  }
+}
+
+// After the last frame: what is known of M, to chunk `which`. A barrier.
+__device__ __forceinline__ void finish(const Memory &held, const float *matrix, int side, const Place &place, int N,
+                                       int32_t flags, double taken, const Chunks &chunks, int64_t which) {
+  if (threadIdx.x % kWarp == 0) held.flags[threadIdx.x / kWarp] = flags;
+  if (place.has_tile && place.tile_column == 0) {
+    int exponents[4];
+    exponents_of(held.tallest, side, place.tile_row, 0, exponents);
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+      const int i = 4 * place.tile_row + r;
+      held.exponents[i] = exponents[r];
+      if (i < N) chunks.rows[which * N + i] = double(exponents[r] - held.shifts[i]) * kLn2;
+    }
+  }
+  __syncthreads();
+  put_logs(matrix, held.exponents, N, chunks.along + which * N * N, chunks.against + which * N * N);
+  if (threadIdx.x != 0) return;  // no barrier follows
+  for (int w = 1; w < int(blockDim.x) / kWarp; w++) flags |= held.flags[w];
+  chunks.flags[which] = flags, chunks.taken[which] = taken;
+}
+
 __global__ void __launch_bounds__(kMost, 2) transfer_kernel(hmm_problem p, Sizes o, Chunks chunks) {
   HMM_SHARED_MEMORY(at);
-  const int N = int(p.states), thread = threadIdx.x, warp = thread / kWarp, warps = blockDim.x / kWarp;
-  const int64_t b = blockIdx.x, which = b * chunks_of(p) + blockIdx.y;
+  const int N = int(p.states);
+  const int64_t b = blockIdx.x;
   const Sequence<float> q(p, b);
   const Span span = span_of(p, q.length, blockIdx.y);
   if (span.frames <= 0 || q.length <= p.chunk_frames) return;  // the whole block
-  const Memory held(at, o, warps);
-  const bool has_tile = thread < o.side * o.side, has_arcs = thread < o.groups * N;
-  const int tile_row = thread % o.side, tile_column = thread / o.side;
-  const int column = thread % N, row = has_arcs ? thread / N : N;  // without any: behind all rows
-#pragma unroll 1
-  for (int k = thread; k < o.pitch * o.pitch; k += blockDim.x)
-    held.arcs[k] = held.odd[k] = 0, held.even[k] = k % (o.pitch + 1) == 0 ? ldexp(1.0f, kRowBits) : 0.0f;
-
-  bool mixes = true, certain = true;
-  double taken = 0;  // thread 0's
-  int shifts[4] = {kRowBits, kRowBits, kRowBits, kRowBits};
+  const Memory held(at);
+  const Place place(o, N);
+  begin(held);
   Held arcs;
   Tile tile;
-  Pair emission = {};
-  // What the next frame needs of all threads, before a barrier.
-  const auto share = [&](int64_t t) {
-    const float top = arcs.top();
-    if (thread % kWarp == 0) held.tops[warp] = top;
-    if (warp == 0) taken += weigh(q, t, emission, held.weights);
-  };
-  arcs.load(q, span.first, row, column, o.groups);
-  if (warp == 0) emission = emission_of(q, span.first);
-  share(span.first);
+  Extremes found;
+  arcs.load(q, span.first, place.row, place.column, o.groups);
+  Pair emission = emission_of(q, span.first);
+  double taken = share(held, q, span.first, arcs, place.has_arcs, emission);  // thread 0's
   __syncthreads();
+  const float *now = held.even;
 #pragma unroll 1
   for (int64_t c = 0; c < span.frames; c++) {
-    const bool last = c + 1 == span.frames;
-    const float top = or_zero(largest_of(held.tops, warps));
-    taken += double(top);
-    arcs.exponentiate(held.arcs, o.pitch, N, row, column, o.groups, top, held.weights[column], mixes, certain);
-    int up[4] = {};
-    if (c > 0 && c % kEvery == 0 && has_tile) {
-      exponents_of(held.tallest, o, tile_row, kRowBits, up);
-#pragma unroll
-      for (int r = 0; r < 4; r++) up[r] = min(kRowBits - up[r], kMostUp), shifts[r] += HMM_MUTATION == 36 ? 0 : up[r];
-    }
-    if (!last) {
-      arcs.load(q, span.first + c + 1, row, column, o.groups);
-      if (warp == 0) emission = emission_of(q, span.first + c + 1);
-    }
+    const int64_t next = span.first + c + 1;
+    const bool last = c + 1 == span.frames, rescales = c > 0 && c % kEvery == 0;
+    const float top = top_of_arcs(held);
+    if (threadIdx.x == 0) taken += double(top);
+    arcs.exponentiate(held.arcs, N, place.row, place.column, o.groups, top, held.weights[place.column], found.lowest_arc,
+                      found.lowest);
+    int up[4];
+    if (rescales && place.has_tile) find_shifts(held, o.side, place, up);
+    if (!last) arcs.load(q, next, place.row, place.column, o.groups), emission = emission_of(q, next);
 #if HMM_MUTATION != 31
     __syncthreads();
 #endif
-    if (has_tile) {
-      tile.multiply(c % 2 ? held.odd : held.even, held.arcs, N, o.side, tile_row, tile_column);
-      tile.rescale(up, certain);
-      tile.put(c % 2 ? held.even : held.odd, o.side, tile_row, tile_column);
+    float *const then = c % 2 ? held.even : held.odd;
+    if (place.has_tile) {
+      tile.multiply(now, held.arcs, N, place.tile_row, place.tile_column);
+      if (rescales) tile.rescale(up, found.smallest);
+      else found.smallest = fmin(found.smallest, tile.smallest());
+      tile.put(then, place.tile_row, place.tile_column);
       if (last || c % kEvery == kEvery - 1)
-        *reinterpret_cast<float4 *>(held.tallest + tile_column * o.pitch + 4 * tile_row) = tile.tallest();
+        *reinterpret_cast<float4 *>(held.tallest + place.tile_column * kPitch + 4 * place.tile_row) = tile.tallest();
     }
-    if (!last) share(span.first + c + 1);
+    now = then;
+    if (!last) taken += share(held, q, next, arcs, place.has_arcs, emission);
 #if HMM_MUTATION != 32
     __syncthreads();
 #endif
   }
-  const bool any_far = __any_sync(kAllLanes, !mixes), any_lost = __any_sync(kAllLanes, !certain);
-  if (thread % kWarp == 0) held.flags[warp] = (any_far ? kDoesNotMix : 0) | (any_lost ? kMayHaveLost : 0);
-  if (has_tile && tile_column == 0) {
-    int exponents[4];
-    exponents_of(held.tallest, o, tile_row, 0, exponents);
-#pragma unroll
-    for (int r = 0; r < 4; r++) {
-      held.exponents[4 * tile_row + r] = exponents[r];
-      if (4 * tile_row + r < N)
-        chunks.rows[which * N + 4 * tile_row + r] = double(exponents[r] - shifts[r]) * kLn2;
-    }
-  }
-  __syncthreads();
-  put_logs(span.frames % 2 ? held.odd : held.even, held.exponents, N, o.pitch, chunks.along + which * N * N,
-           chunks.against + which * N * N);
-  if (thread != 0) return;  // no barrier follows
-  int32_t flags = 0;
-  for (int w = 0; w < warps; w++) flags |= held.flags[w];
-  chunks.flags[which] = flags, chunks.taken[which] = taken;
-}
-
-constexpr int kBridge = 256, kShares = 4, kOwn = kBridge / kShares, kEach = kOwn / kShares;
-static_assert(kOwn == kChunkStates);
-
-// For warp 0. Logs and the doubles that belong to them, added and centred: returns what is taken out.
-__device__ __forceinline__ double add_and_centre(Pair &logs, const double *rows, int N) {
-  const int lane = threadIdx.x % kWarp;
-  double low = lane < N ? double(logs.low) + rows[lane] : double(negative_infinity<float>());
-  double high = lane + kWarp < N ? double(logs.high) + rows[lane + kWarp] : double(negative_infinity<float>());
-  const double top = or_zero(warp_max(fmax(low, high)));
-  logs = {float(low - top), float(high - top)};
-  return top;
-}
-
-// From both ends of a sequence, a block each, from chunk to chunk: four threads a state, each a quarter of its arcs.
-__global__ void __launch_bounds__(kBridge, 1)
-    bridge_kernel(hmm_problem p, Chunks chunks, float *log_partition, int32_t *method) {
-  HMM_SHARED_MEMORY(at);
-  float *const message = carve<float>(at, kOwn), *const tops = carve<float>(at, kBridge),
-               *const sums = carve<float>(at, kBridge);
-  const int N = int(p.states), thread = threadIdx.x, lane = thread % kWarp, own = thread % kOwn, share = thread / kOwn;
-  const int64_t b = blockIdx.x, P = chunks_of(p), length = p.lengths[b];
-  const int64_t count = length > 0 ? (length + p.chunk_frames - 1) / p.chunk_frames : 0;
-  const bool from_end = blockIdx.y == 1;
-  if (count < 2) {  // the whole block
-    if (thread == 0 && !from_end) chunks.done[b] = 0;
-    return;
-  }
-  float arcs[kEach];
-  const auto load = [&](int64_t chunk) {
-    const float *const matrix = (from_end ? chunks.against : chunks.along) + (b * P + chunk) * N * N;
-#pragma unroll
-    for (int k = 0; k < kEach; k++) {
-      const int i = share + k * kShares;
-      arcs[k] = i < N && own < N ? matrix[i * N + own] : negative_infinity<float>();
-    }
-  };
-  Pair logs = Pair::of(nullptr, from_end ? N : 1, 0);  // warp 0's; from the front, any row of the first matrix
-  double taken = 0;
-  const int64_t first = from_end ? count - 1 : 0, end = from_end ? 0 : count, step = from_end ? -1 : 1;
-  load(first);
-#pragma unroll 1
-  for (int64_t chunk = first; chunk != end; chunk += step) {
-    const double *const rows = chunks.rows + (b * P + chunk) * N;
-    if (thread < kWarp) {
-      if (!from_end) taken += add_and_centre(logs, rows, N) + chunks.taken[b * P + chunk];
-      logs.put(message, N);
-    }
-    __syncthreads();
-    float top = negative_infinity<float>(), sum = 0;
-#pragma unroll
-    for (int k = 0; k < kEach; k++) {
-      const int i = share + k * kShares;
-      if (i < N) top = fmax(top, arcs[k] += message[i]);
-    }
-    const float from = or_zero(top);
-#pragma unroll
-    for (int k = 0; k < kEach; k++)
-      if (share + k * kShares < N) sum += exp(arcs[k] - from);
-    tops[thread] = top, sums[thread] = sum;
-    if (chunk + step != end) load(chunk + step);
-#if HMM_MUTATION != 33
-    __syncthreads();
-#endif
-    if (thread >= kWarp) continue;
-    const auto log_sum = [&](int state) {
-      float c = negative_infinity<float>(), total = 0;
-#pragma unroll
-      for (int s = 0; s < kShares; s++) c = fmax(c, tops[s * kOwn + state]);
-#pragma unroll
-      for (int s = 0; s < kShares; s++) total += sums[s * kOwn + state] * exp(tops[s * kOwn + state] - or_zero(c));
-      return total == 0 ? negative_infinity<float>() : or_zero(c) + log(total);
-    };
-    logs = {log_sum(lane), log_sum(lane + kWarp)};
-    if (from_end) {
-      add_and_centre(logs, rows, N);
-      logs.put(chunks.exit + (b * P + chunk - 1) * N, N);
-    } else {
-      taken += double(logs.centre());
-      if (chunk + 1 != end) logs.put(chunks.entry + (b * P + chunk + 1) * N, N);
-    }
-  }
-  if (from_end || thread >= kWarp) return;  // no barrier follows
-  const double z = taken + log(double(warp_sum(exp(logs.low) + exp(logs.high))));
-  int32_t flags = 0;
-  for (int64_t chunk = lane; chunk < count; chunk += kWarp) flags |= chunks.flags[b * P + chunk];
-  const bool far = __any_sync(kAllLanes, flags & kDoesNotMix), lost = __any_sync(kAllLanes, flags & kMayHaveLost);
-  if (lane != 0) return;
-  const bool done = (!(far && lost) || HMM_MUTATION == 35) && z - z == 0;
-  chunks.done[b] = done;
-  if (done) log_partition[b] = float(z), method[b] = HMM_CHUNKS;
+  finish(held, now, o.side, place, N, found.flags(place.has_arcs), taken, chunks, b * chunks_of(p) + blockIdx.y);
 }
 
 }  // namespace
 
-int transfer(const hmm_problem &p, const Chunks &chunks, float *log_partition, int32_t *method, void *stream) {
+int transfer(const hmm_problem &p, const Chunks &chunks, void *stream) {
   const Sizes o = sizes_of(int(p.states));
-  const int status = launch(transfer_kernel, dim3(unsigned(p.batch), unsigned(chunks_of(p))), o.threads,
-                            Memory::bytes(o), stream, p, o, chunks);
-  if (status) return status;
-  return launch(bridge_kernel, dim3(unsigned(p.batch), 2), kBridge,
-                carved<float>(kOwn) + 2 * carved<float>(kBridge), stream, p, chunks, log_partition, method);
+  return launch(transfer_kernel, dim3(unsigned(p.batch), unsigned(chunks_of(p))), o.threads, Memory::bytes(), stream, p,
+                o, chunks);
 }
 
 }  // namespace hmm

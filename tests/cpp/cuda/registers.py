@@ -139,7 +139,8 @@ def shared_memory(folder: Path) -> dict[str, int]:
                 for states in sizes:
                     _solve(kind, states, dtype, time=4 if kind == "time-varying" else 2)  # from both ends
         patch.setattr(cuda, "chunk_frames", lambda *shape: 2)
-        _solve("time-varying", 64, torch.float32, time=4)
+        for states in (50, 64):
+            _solve("time-varying", states, torch.float32, time=4)
     said = subprocess.run(["nm", "-C", made], capture_output=True, text=True, check=True).stdout
     names = {}
     for line in said.splitlines():
