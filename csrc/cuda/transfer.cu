@@ -46,15 +46,15 @@ constexpr int kRowBits = 90, kMostUp = 120;         // where rows begin; more wo
 constexpr float kMixingNats = 18, kArcNats = 69, kSmallestEntry = 0x1p-26f;
 constexpr double kLn2 = 0.6931471805599453;
 
-// How a block shares N states: a matrix in side x side tiles, the threads by columns in `groups`.
+// How a block shares N states: a matrix in side x side tiles, the threads by columns in `groups`, of kRows rows each.
 struct Sizes {
   int side, threads, groups;
 };
 Sizes sizes_of(int N) {
   Sizes o = {};
   o.side = (N + 3) / 4;
-  o.threads = (max(o.side * o.side, N * ((N + kRows - 1) / kRows)) + kWarp - 1) / kWarp * kWarp;
-  o.groups = o.threads / N;
+  o.groups = (N + kRows - 1) / kRows;
+  o.threads = (max(o.side * o.side, N * o.groups) + kWarp - 1) / kWarp * kWarp;
   return o;
 }
 
@@ -92,19 +92,17 @@ __device__ __forceinline__ double add_centred(Pair &scores, const float *ends, i
   return taken + double(scores.centre());
 }
 
-// The arcs of a frame that are this thread's: of column `column`, every groups-th row from `row` on.
+// The arcs of a frame that are this thread's: of column `column`, kRows rows from `row` on.
 struct Held {
   float scores[kRows];
 
   // What is behind the last row is as the first one of the thread's: no extreme.
-  __device__ __forceinline__ void load(const Sequence<float> &q, int64_t t, int row, int column, int groups) {
-    const int N = q.states;
-    const float *arc = t > 0 ? q.arcs(t) + row * N + column : nullptr;
+  __device__ __forceinline__ void load(const Sequence<float> &q, int64_t t, int row, int column) {
+    const float *const arcs = t > 0 ? q.arcs(t) + row * q.states + column : nullptr;
 #pragma unroll
     for (int k = 0; k < kRows; k++) {
       scores[k] = k > 0 ? scores[0] : 0.0f;
-      if (row < N && t > 0) scores[k] = *arc;
-      row += groups, arc += groups * N;
+      if (row + k < q.states && t > 0) scores[k] = arcs[k * q.states];
     }
   }
   __device__ __forceinline__ float top() const {
@@ -113,17 +111,17 @@ struct Held {
     for (int k = 1; k < kRows; k++) found = fmax(found, scores[k]);
     return found;
   }
-  // B_t to shared memory. The lowest of the arcs below `top`, and of the logarithms of allowed B_t(i, j).
-  __device__ __forceinline__ void exponentiate(float *arcs, int N, int row, int column, int groups, float top,
-                                               float weight, float &lowest_arc, float &lowest) const {
-    float *to = arcs + row * kPitch + column;
+  // B_t to shared memory, without a branch: there is room behind the last row. The lowest of the arcs below `top`, and of
+  // the logarithms of allowed B_t(i, j).
+  __device__ __forceinline__ void exponentiate(float *arcs, int row, int column, float top, float weight,
+                                               float &lowest_arc, float &lowest) const {
+    float *const to = arcs + row * kPitch + column;
 #pragma unroll
     for (int k = 0; k < kRows; k++) {
-      const float below = scores[k] - top, x = below + weight, number = exp(x);
+      const float below = scores[k] - top, x = below + weight;
       lowest_arc = fmin(lowest_arc, below);
       lowest = fmin(lowest, x == negative_infinity<float>() ? 0.0f : x);
-      if (row < N) *to = number;
-      row += groups, to += groups * kPitch;
+      to[k * kPitch] = exp(x);
     }
   }
 };
@@ -213,7 +211,7 @@ __device__ __forceinline__ void put_logs(const float *matrix, const int32_t *exp
   }
 }
 
-// Which numbers are a thread's: a tile of M, and of the arcs one column's, every groups-th row.
+// Which numbers are a thread's: a tile of M, and of the arcs kRows of a column.
 struct Place {
   bool has_tile, has_arcs;
   int tile_row, tile_column, row, column;
@@ -221,16 +219,15 @@ struct Place {
     const int thread = threadIdx.x;
     has_tile = thread < o.side * o.side, has_arcs = thread < o.groups * N;
     tile_row = thread % o.side, tile_column = thread / o.side;
-    column = thread % N, row = has_arcs ? thread / N : N;  // without any: behind all rows
+    column = thread % N, row = has_arcs ? thread / N * kRows : N;  // without any: behind all rows
   }
 };
 
 // The certificates' numbers, of a thread.
 struct Extremes {
   float lowest_arc = 0, lowest = 0, smallest = 1;  // of arcs, below their largest; of log B_t; of M
-  __device__ __forceinline__ int32_t flags(bool has_arcs) const {
-    const bool far = has_arcs && !(lowest_arc >= -kMixingNats);
-    const bool lost = (has_arcs && !(lowest >= -kArcNats)) || !(smallest >= kSmallestEntry);
+  __device__ __forceinline__ int32_t flags() const {
+    const bool far = !(lowest_arc >= -kMixingNats), lost = !(lowest >= -kArcNats && smallest >= kSmallestEntry);
     const bool any_far = __any_sync(kAllLanes, far), any_lost = __any_sync(kAllLanes, lost);
     return (any_far ? kDoesNotMix : 0) | (any_lost ? kMayHaveLost : 0);
   }
@@ -311,7 +308,7 @@ __global__ void __launch_bounds__(kMost, 2) transfer_kernel(hmm_problem p, Sizes
   Held arcs;
   Tile tile;
   Extremes found;
-  arcs.load(q, span.first, place.row, place.column, o.groups);
+  arcs.load(q, span.first, place.row, place.column);
   Pair emission = emission_of(q, span.first);
   double taken = share(held, q, span.first, arcs, place.has_arcs, emission);  // thread 0's
   __syncthreads();
@@ -322,11 +319,12 @@ __global__ void __launch_bounds__(kMost, 2) transfer_kernel(hmm_problem p, Sizes
     const bool last = c + 1 == span.frames, rescales = c > 0 && c % kEvery == 0;
     const float top = top_of_arcs(held);
     if (threadIdx.x == 0) taken += double(top);
-    arcs.exponentiate(held.arcs, N, place.row, place.column, o.groups, top, held.weights[place.column], found.lowest_arc,
-                      found.lowest);
+    if (place.has_arcs)
+      arcs.exponentiate(held.arcs, place.row, place.column, top, held.weights[place.column], found.lowest_arc,
+                        found.lowest);
     int up[4];
     if (rescales && place.has_tile) find_shifts(held, o.side, place, up);
-    if (!last) arcs.load(q, next, place.row, place.column, o.groups), emission = emission_of(q, next);
+    if (!last) arcs.load(q, next, place.row, place.column), emission = emission_of(q, next);
 #if HMM_MUTATION != 31
     __syncthreads();
 #endif
@@ -345,7 +343,7 @@ __global__ void __launch_bounds__(kMost, 2) transfer_kernel(hmm_problem p, Sizes
     __syncthreads();
 #endif
   }
-  finish(held, now, o.side, place, N, found.flags(place.has_arcs), taken, chunks, b * chunks_of(p) + blockIdx.y);
+  finish(held, now, o.side, place, N, found.flags(), taken, chunks, b * chunks_of(p) + blockIdx.y);
 }
 
 }  // namespace

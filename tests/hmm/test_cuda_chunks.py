@@ -30,10 +30,14 @@ def varying(time, states, seed, lengths, **options):
 
 def clean(arguments):
     """Without NaN where the reference would read it."""
-    return {k: x.nan_to_num(0, neginf=-INF) if x is not None and x.is_floating_point() else x for k, x in arguments.items()}
+    return {
+        k: x.nan_to_num(0, neginf=-INF) if x is not None and x.is_floating_point() else x for k, x in arguments.items()
+    }
 
 
-@pytest.mark.parametrize("time, frames, states", [(11, 4, 1), (11, 4, 2), (12, 1, 7), (11, 5, 33), (9, 4, 50), (9, 4, 64)])
+@pytest.mark.parametrize(
+    "time, frames, states", [(11, 4, 1), (11, 4, 2), (12, 1, 7), (11, 5, 33), (9, 4, 50), (9, 4, 64)]
+)
 @pytest.mark.parametrize("forbidden", [0.0, 0.2])
 def test_chunks(chunks, monkeypatch, time, frames, states, forbidden):
     """Against the reference, and against both ends, with grad of every sign and size; lengths about a chunk's."""
@@ -51,7 +55,9 @@ def test_chunks(chunks, monkeypatch, time, frames, states, forbidden):
     assert (state[~inside] == 0).all() and (edge[~inside[:, 1:]] == 0).all()
     monkeypatch.setenv("HMM_SCHEDULE", "1")
     assert all(torch.equal(x, y) for x, y in zip(found, cuda.forward(*scores), strict=True))
-    assert all(torch.equal(x, y) for x, y in zip((state, edge), cuda.backward(grad, *scores, *found, True), strict=True))
+    assert all(
+        torch.equal(x, y) for x, y in zip((state, edge), cuda.backward(grad, *scores, *found, True), strict=True)
+    )
     chunks(0)
     both = cuda.forward(*scores)
     torch.testing.assert_close(found[0], both[0], rtol=2e-6, atol=2e-6)
@@ -74,7 +80,9 @@ def test_chunks_of_extreme_emissions(chunks):
         arguments, scores = varying(20, 9, 1, [20, 20, 20])
         arguments["emission"] *= 170
         arguments["transition"] *= arcs
-        arguments["transition"][torch.rand(arguments["transition"].shape, generator=torch.Generator().manual_seed(0)) < forbidden] = -INF
+        arguments["transition"][
+            torch.rand(arguments["transition"].shape, generator=torch.Generator().manual_seed(0)) < forbidden
+        ] = -INF
         chunks(5)
         assert (cuda.forward(*scores)[4] == method).all()
         compare(arguments)
@@ -98,7 +106,10 @@ def test_chunks_of_left_to_right_chains(chunks, gap):
     chunks(0)
     expected = cuda.forward(*scores)
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
-    assert all(torch.equal(x, y) for x, y in zip(posteriors, cuda.backward(torch.ones(4), *scores, *expected, True), strict=True))
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(posteriors, cuda.backward(torch.ones(4), *scores, *expected, True), strict=True)
+    )
 
 
 def test_one_sequence_of_a_batch_without_a_certificate(chunks):
@@ -139,21 +150,25 @@ def test_where_chunks_are_not_taken(on_cpu, monkeypatch):
     """In float64, for many states, for samples, and where transitions do not vary."""
     asked = []
     monkeypatch.setattr(cuda, "chunk_frames", lambda *shape: asked.append(shape) or 3)
-    for kind, states, dtype in (("time-varying", 5, torch.float64), ("time-varying", 65, torch.float32), ("shared", 5, torch.float32)):
+    for kind, states, dtype in (
+        ("time-varying", 5, torch.float64),
+        ("time-varying", 65, torch.float32),
+        ("shared", 5, torch.float32),
+    ):
         scores = tuple(problem(2, 9, states, kind, 1, dtype).values())
         assert (cuda.forward(*scores[:3], torch.tensor([9, 8]), scores[4])[4] == BOTH_ENDS).all()
-    assert asked == [(2, 9, 65, 1000)]  # which says no: below
+    assert asked == [(2, 9, 65, 1000, 1)]  # which says no: below
     scores = tuple(problem(2, 9, 5, "time-varying", 1, torch.float32).values())
     assert (cuda.sample(*scores[:3], torch.tensor([9, 8]), scores[4], torch.rand(2, 2, 9))[:, :, :8] >= 0).all()
 
 
 def test_what_chunks_cost():
-    def chosen(batch, time, states, multiprocessors):
-        return cuda.chunk_frames(batch, time, states, multiprocessors)
+    def chosen(batch, time, states, multiprocessors, beside=1):
+        return cuda.chunk_frames(batch, time, states, multiprocessors, beside)
 
-    assert chosen(8, 3000, 50, 68) == 375 and chosen(8, 3000, 50, 132) == 188  # the seed's table
-    assert chosen(1, 3000, 50, 132) == 24  # more chunks would wait for each other
-    assert chosen(8, 100, 50, 68) and not chosen(8, 12, 50, 68)
-    assert not chosen(8, 3000, 50, 23) and not chosen(8, 3000, 65, 1000)
-    assert not any(chosen(batch, time, 50, 132) for batch, time in ((0, 100), (1, 0), (1, 1), (1, 2), (1000, 100)))
+    assert chosen(8, 3000, 50, 68) == 375 and chosen(8, 3000, 50, 132, 2) == 91  # the seed's table
+    assert chosen(1, 3000, 50, 132) == chosen(1, 3000, 50, 132, 2) == 23  # with more, each would wait for the others
+    assert chosen(8, 100, 50, 68) and not chosen(8, 20, 50, 68)
+    assert not chosen(8, 3000, 50, 31) and chosen(8, 3000, 50, 32) and not chosen(8, 3000, 65, 1000)
+    assert not any(chosen(*shape, 50, 132, 2) for shape in ((0, 100), (1, 0), (1, 1), (1, 2), (1000, 100)))
     assert library.Problem().chunk_frames == 0
