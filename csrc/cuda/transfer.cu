@@ -2,23 +2,22 @@
 //
 //   B_t(i, j) = exp((phi_t(i, j) - max phi_t) + (e_t(j) - max e_t)),  phi_0 = 0, e_0 with initial, e_{L-1} with final scores
 //   M_c       = B_s B_{s+1} ... B_{s+K-1}  for chunk c of the frames from s on, each row with a power of 2 of its own
-//   a_{c+1}   = a_c M_c,  from any row of M_0;     log Z = log sum of the last one        (the frame before chunk c + 1)
-//   f_{c-1}   = M_c f_c,  from ones                                                       (the last frame of chunk c - 1)
 //
-// With log a_c in place of initial scores and log f_c of final ones, chunk c is a chain of its own, which log_space.cu
-// and log_space_back.cu walk as any other; a_c, f_c and log Z are of bridge_kernel, in log space, from the matrices'
-// logarithms. transfer_kernel has a block a chunk. 16 x 16 threads or fewer each hold 4 x 4 numbers of M; the arcs of the
-// next frame come to their registers while those of this one are multiplied. Rows are brought back to [2^90, 2^91)
-// every fourth frame, by what their largest was a frame before: powers of 2 are exact.
+// From log M_c bridge.cu finds a_{c+1} = a_c M_c, the messages of the frame before chunk c + 1, f_{c-1} = M_c f_c, those
+// into the last frame of chunk c - 1 from behind, and log Z. With log a_c and log f_c in place of what comes before and
+// behind it, chunk c is a chain of its own, which log_space.cu and log_space_back.cu walk as any other.
 //
-//   cost     a frame: N^2 exponentials, N^3 products, 4 N^2 bytes read, two barriers; a product of 50 states is some
-//            3,200 cycles (1,600 from sm_90 on). A chunk: 4 N^2 exponentials and four barriers in bridge_kernel.
-//   limits   float32, N of at most 64 (a 4 x 4 tile a thread, 50 KB of shared memory). No other limit on T than the
-//            number of chunks, 65535; (mixing) is proved for T up to 2^20.
+// A block a chunk; 16 x 16 threads or fewer hold 4 x 4 numbers of M each. The arcs of the next frame come to their
+// registers while those of this one are multiplied. Rows are brought back to 2^90 every fourth frame, by what their
+// largest was a frame before: powers of 2 are exact.
 //
-// When are they exact? A number below 2^-126 is lost. Nothing grows beyond 2^122: B_t is at most 1, a row's entries grow
-// by N <= 2^6 a frame, and there are 5 between two rescales that know of each other. Two certificates, either is enough,
-// if it holds for all chunks of a sequence:
+//   cost     a frame: N^2 exponentials, N^3 products, 4 N^2 bytes read, two barriers: at N = 50 some 4,950 cycles, 3,900
+//            from sm_90 on (README.md)
+//   limits   float32, N of at most 64 (53 KB of shared memory); 65,535 chunks; (mixing) is proved for T up to 2^20
+//
+// When are they exact? A number below 2^-126 is lost. Nothing grows beyond 2^122: B_t is at most 1, a row's entries grow by
+// N <= 2^6 a frame, from 2^91 on for five frames, of which the first one is behind what the rescale knows. Two
+// certificates, either is enough, if it holds for all chunks of a sequence:
 //  (entrywise) Every allowed B_t(i, j) is at least 2^-100 (69 nats), and no entry of a row that came out larger than 0 is
 //     less than 2^-26. Then a product is at least 2^-126 or one of its factors is 0: by induction, an entry is 0 where
 //     no path leads to it and nowhere else, nothing was lost, and all have the relative error of sums of numbers
@@ -30,8 +29,8 @@
 //     product N^2 2^-126 <= s' 2^-74 of all. So what is lost is less than 2^-73 of the row. What follows weighs two
 //     entries differently by 2^R at most, since the arcs of the next frame do; after the last frame, whose final scores
 //     B_{L-1} has, not at all. So a frame costs posteriors and Z 2^(R - 73) = 2^-47 of themselves, T frames 2^-27.
-// NaN reaches all rows, and with them log Z, as +inf does, less itself. Sequences with neither
-// certificate, or whose log Z is not finite, are not done in chunks. a_c and f_c lose nothing, being logarithms.
+// NaN reaches all rows, and with them log Z, as +inf does, less itself. Sequences with neither certificate, or whose
+// log Z is not finite, are not done in chunks. a_c and f_c are logarithms: nothing is lost where they are found.
 //
 // Compiled for sm_75 to sm_120 and executed on the CPU by the tests; not timed on a GPU.
 #include "chunks.h"

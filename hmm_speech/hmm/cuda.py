@@ -41,10 +41,10 @@ _BOTH_ENDS_TO = 2048
 # Where transitions vary over time (log_space.cu), a step is a chain of 1.6 us or more, or reads its arcs as fast; the
 # halves meet in one launch more, which reads all arcs of a step twice.
 _VARYING_STEP, _LAUNCH = 1.6, 3.0
-# In chunks (transfer.cu), a frame of a matrix comes to the steps of the walks: 3,650 cycles for 50 states, N^3 products,
-# at least what its barriers and exponentials take; messages are handed on from chunk to chunk; and there are four
-# launches more. Two chunks on one multiprocessor take as long as 1.35 of one, where its shared memory holds both.
-_MATRIX_FRAME, _LEAST_MATRIX_FRAME, _BRIDGE = 2.1, 0.6, 0.6
+# In chunks (transfer.cu), a frame of a matrix comes to the steps of the walks: 3,900 cycles or more for 50 states, N^3
+# products, at least what barriers and exponentials take. From chunk to chunk messages are handed on in some 1,450;
+# four launches are more. Two chunks on one multiprocessor, whose shared memory holds both, are put at 1.35 of one.
+_MATRIX_FRAME, _LEAST_MATRIX_FRAME, _BRIDGE = 2.2, 0.6, 0.9
 _CHUNK_STATES, _BESIDE, _TWO_MATRICES = 64, 1.35, 112 * 1024
 
 
