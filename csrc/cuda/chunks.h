@@ -31,9 +31,9 @@ enum { kDoesNotMix = 1, kMayHaveLost = 2 };
 
 // P chunks a sequence.
 struct Chunks {
-  double *rows, *taken;  // (B, P, N), (B, P): a path's score is along(i, j) + rows(i) + taken
+  double *rows, *taken;    // (B, P, N), (B, P): log M(i, j) is along(i, j) + rows(i) + taken
   float *along, *against;  // (B, P, N, N), and its transpose
-  float *entry, *exit;     // (B, P, N): log messages of the frame before a chunk, and those into its last frame from behind
+  float *entry, *exit;     // (B, P, N): log messages of the frame before a chunk; those into its last one from behind
   int32_t *flags, *done;   // (B, P); (B,): 1 for a sequence that is done in chunks
 
   static size_t bytes(const hmm_problem &p) {
@@ -72,8 +72,8 @@ struct Pair {
   }
 };
 
-// The matrices of all chunks (transfer.cu); what is known from them at the chunks' ends (bridge.cu), and log_partition and
-// method (HMM_CHUNKS) of the sequences that are done in chunks. Those that cannot be are left alone.
+// The matrices of all chunks (transfer.cu); what is known from them at the chunks' ends (bridge.cu), and log_partition
+// and method (HMM_CHUNKS) of the sequences that are done in chunks. Those that cannot be are left alone.
 int transfer(const hmm_problem &p, const Chunks &chunks, void *stream);
 int bridge(const hmm_problem &p, const Chunks &chunks, float *log_partition, int32_t *method, void *stream);
 

@@ -244,8 +244,8 @@ __global__ void __launch_bounds__(Tiled ? kTiledThreads : kMostThreads, (Tiled ?
   if (edge) set(edge + used * N * N, (steps - used) * N * N, Real(0));
 }
 
-// The messages of a chunk's last frame without what comes from behind it, of which the forward pass has alpha only: from
-// norm, as that pass had them. For a whole warp.
+// The messages of a chunk's last frame without what comes from behind it, which alpha has: from norm, as the forward pass
+// had them. For a whole warp.
 template <class Real>
 __device__ __forceinline__ void messages_of(const Real *norm, const Real *emission, int N, Real *messages) {
   const int lane = threadIdx.x % kWarp;
@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks<Real>)
     if (edges) set(edges + (q.length - 1) * N * N, (T - q.length) * N * N, Real(0));
   }
   if (span.frames <= 0) return;  // the whole block
-  const int64_t at = (b * T + span.first) * N, arcs = chunk ? span.first - 1 : 0;  // into its first frame but the first
+  const int64_t at = (b * T + span.first) * N, arcs = chunk ? span.first - 1 : 0;  // the first step that is its
   if (g == 0) {  // the whole block
     set(state + span.first * N, span.frames * N, Real(0));
     if (edges) set(edges + arcs * N * N, (span.first + span.frames - 1 - arcs) * N * N, Real(0));

@@ -1,29 +1,29 @@
 // Transfer matrices: what is known at the ends of chunks of frames, so that all chunks can be walked at once.
 //
-//   B_t(i, j) = exp((phi_t(i, j) - max phi_t) + (e_t(j) - max e_t)),  phi_0 = 0, e_0 with initial, e_{L-1} with final scores
+//   B_t(i, j) = exp((phi_t(i, j) - max phi_t) + (e_t(j) - max e_t)),  phi_0 = 0; e_0 with initial, e_{L-1} final scores
 //   M_c       = B_s B_{s+1} ... B_{s+K-1}  for chunk c of the frames from s on, each row with a power of 2 of its own
 //
-// From log M_c bridge.cu finds a_{c+1} = a_c M_c, the messages of the frame before chunk c + 1, f_{c-1} = M_c f_c, those
-// into the last frame of chunk c - 1 from behind, and log Z. With log a_c and log f_c in place of what comes before and
-// behind it, chunk c is a chain of its own, which log_space.cu and log_space_back.cu walk as any other.
+// From log M_c bridge.cu finds a_{c+1} = a_c M_c, the messages of the frame before chunk c + 1, f_{c-1} = M_c f_c,
+// those into the last frame of chunk c - 1 from behind, and log Z. With log a_c and log f_c in place of what comes before
+// and behind it, chunk c is a chain of its own, which log_space.cu and log_space_back.cu walk as any other.
 //
 // A block a chunk; 16 x 16 threads or fewer hold 4 x 4 numbers of M each. The arcs of the next frame come to their
 // registers while those of this one are multiplied. Rows are brought back to 2^90 every fourth frame, by what their
 // largest was a frame before: powers of 2 are exact.
 //
-//   cost     a frame: N^2 exponentials, N^3 products, 4 N^2 bytes read, two barriers: at N = 50 some 4,950 cycles, 3,900
-//            from sm_90 on (README.md)
+//   cost     a frame: N^2 exponentials, N^3 products, 4 N^2 bytes read, two barriers: at N = 50 some 4,950 cycles,
+//            3,900 from sm_90 on (README.md)
 //   limits   float32, N of at most 64 (53 KB of shared memory); 65,535 chunks; (mixing) is proved for T up to 2^20
 //
-// When are they exact? A number below 2^-126 is lost. Nothing grows beyond 2^122: B_t is at most 1, a row's entries grow by
-// N <= 2^6 a frame, from 2^91 on for five frames, of which the first one is behind what the rescale knows. Two
+// When are they exact? A number below 2^-126 is lost. Nothing grows beyond 2^122: B_t is at most 1, a row's entries grow
+// by N <= 2^6 a frame, from 2^91 on for five frames, of which the first one is behind what the rescale knows. Two
 // certificates, either is enough, if it holds for all chunks of a sequence:
-//  (entrywise) Every allowed B_t(i, j) is at least 2^-100 (69 nats), and no entry of a row that came out larger than 0 is
-//     less than 2^-26. Then a product is at least 2^-126 or one of its factors is 0: by induction, an entry is 0 where
+//  (entrywise) Every allowed B_t(i, j) is at least 2^-100 (69 nats), and no entry of a row that came out larger than 0
+//     is less than 2^-26. Then a product is at least 2^-126 or one of its factors is 0: by induction, an entry is 0 where
 //     no path leads to it and nowhere else, nothing was lost, and all have the relative error of sums of numbers
 //     larger than 0, N 2^-24 a frame at most.
-//  (mixing) All arcs are allowed, and those of a frame differ by R = 26 bits (18 nats) at most. Let s be the sum of a row
-//     and s' that of the next one before it is rescaled. For the state j with e_t(j) = max e_t, B_t(i, j) >= 2^-R for
+//  (mixing) All arcs are allowed, and those of a frame differ by R = 26 bits (18 nats) at most. Let s be the sum of a
+//     row and s' that of the next one before it is rescaled. For the state j with e_t(j) = max e_t, B_t(i, j) >= 2^-R for
 //     all i, hence s' >= 2^-R s, whatever the emissions: after a rescale at least 2^(90 - R), and 2^(90 - 5 R) = 2^-40
 //     before the next one. A B_t(i, j) that is lost takes s 2^-126 <= s' 2^(R - 126) out of each of N entries, and a
 //     product N^2 2^-126 <= s' 2^-74 of all. So what is lost is less than 2^-73 of the row. What follows weighs two
@@ -110,8 +110,8 @@ struct Held {
     for (int k = 1; k < kRows; k++) found = fmax(found, scores[k]);
     return found;
   }
-  // B_t to shared memory, without a branch: there is room behind the last row. The lowest of the arcs below `top`, and of
-  // the logarithms of allowed B_t(i, j).
+  // B_t to shared memory, without a branch: there is room behind the last row. The lowest of the arcs below `top`, and
+  // of the logarithms of allowed B_t(i, j).
   __device__ __forceinline__ void exponentiate(float *arcs, int row, int column, float top, float weight,
                                                float &lowest_arc, float &lowest) const {
     float *const to = arcs + row * kPitch + column;
