@@ -8,8 +8,9 @@
 namespace hmm {
 
 // In log space, for transitions that vary over time (log_space.cu, log_space_back.cu): method becomes HMM_LOG_SPACE, or
-// where p.sharing is HMM_BY_ENDS HMM_BOTH_ENDS; backward follows it. edge: (B, T-1, N, N) or null. The workspace is the
-// forward pass's, of log_space_workspace(p) bytes.
+// where p.sharing is HMM_BY_ENDS HMM_BOTH_ENDS, and where p.chunk_frames asks for chunks HMM_CHUNKS, unless a sequence
+// cannot be done so; backward follows it. edge: (B, T-1, N, N) or null. The workspace is the forward pass's, of
+// log_space_workspace(p) bytes.
 size_t log_space_workspace(const hmm_problem &p);
 template <class Real>
 int log_space_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Real *norm, Real *centre, int32_t *method,

@@ -14,6 +14,10 @@
 //   log Z      = J + log S + sum_t (C_t + max e_t + M_t),   J = max_ij [alpha_{m-1}(i) + phi_m(i, j) + alpha_m(j)],
 //   S          = sum_ij exp(alpha_{m-1}(i) + phi_m(i, j) + alpha_m(j) - J)                  (join_kernel)
 //
+// In chunks, whose ends transfer.cu and bridge.cu know, each is a chain of its own that a block walks from its front:
+// from the log messages of the frame before it, through the arcs into its first frame, to its last one, to which the log
+// messages from behind are added as final scores are. What is done so is left out of the other kernels.
+//
 // Scores pass through shared memory (staging.h). From the front, N / 32 warps or more hold a column a thread, several
 // threads a column for N up to 256; from the end, up to 32 lanes go along a row, as many as a chunk's rows leave. A
 // thread takes eight arcs at once (four in float64), their maximum before their exponentials, of which there is one an
@@ -23,9 +27,9 @@
 // in float32, 8 for 128. The join reads N^2 arcs twice, one block a sequence.
 // Limits: N at most HMM_CUDA_MOST_STATES_VARYING, T none. Shared memory within 48 KB. Compiled and executed on the CPU,
 // not timed.
-#include "kernels.h"
-#include "staging.h"
-#include "walks.h"
+#include "log_space.h"
+
+#include "chunks.h"
 
 namespace hmm {
 namespace {
@@ -36,238 +40,14 @@ constexpr int kJoinThreads = 256;
 template <class Real, bool Large, bool RowTiles>
 constexpr int kHalfThreads = Large ? kTile : RowTiles || sizeof(Real) == 4 ? kMostThreads : 384;
 
-// One more batch of arcs into (from the end: out of) a state: (top, sum) = their log-sum, sum * exp(top), with those of
-// `count` that are this thread's: `share`, share + shares, ... Messages are `middle` above what they should be.
-template <class Real, class Scores>
-__device__ __forceinline__ void log_sum_arcs(const Scores &scores, const Real *messages, Real middle, int share,
-                                             int shares, int count, Real &top, Real &sum) {
-  constexpr int kBatch = sizeof(Real) == 4 ? 8 : 4;
-#pragma unroll 1
-  for (int first = share; first < count; first += kBatch * shares) {
-    Real x[kBatch], a[kBatch], larger = top;
-#pragma unroll
-    for (int k = 0; k < kBatch; k++) {
-      const int r = first + k * shares;
-      x[k] = negative_infinity<Real>(), a[k] = 0;
-      if (r < count) x[k] = scores(r), a[k] = messages[r] - middle;
-      larger = fmax(larger, x[k] + a[k]);
-    }
-    const Real from = or_zero(larger);
-    sum *= exp(top - from);
-#pragma unroll
-    for (int k = 0; k < kBatch; k++)
-      if (first + k * shares < count) sum += exp((x[k] - from) + a[k]);
-    top = larger;
-  }
-}
-
-// What a block keeps in shared memory beside the ring.
-template <class Real, bool Large> struct ForwardMemory {
-  Real *messages;                   // norm_t + emissions, before M_t is taken out
-  Real *partial_top, *partial_sum;  // of each thread, or row
-  Real *tops_c, *tops_alpha, *tops_frame;
-  double *totals, *taken;  // of each warp; what has been taken out, thread 0's
-
-  __device__ __forceinline__ ForwardMemory(unsigned char *&memory, int N, int threads) {
-    messages = carve<Real>(memory, N);
-    partial_top = Large ? nullptr : carve<Real>(memory, threads),
-    partial_sum = Large ? nullptr : carve<Real>(memory, threads);
-    tops_c = carve<Real>(memory, threads / kWarp), tops_alpha = carve<Real>(memory, threads / kWarp);
-    tops_frame = carve<Real>(memory, 2 * (threads / kWarp));
-    totals = carve<double>(memory, threads / kWarp), taken = carve<double>(memory, 1);
-  }
-  static size_t bytes(int64_t N, int threads) {
-    const int warps = threads / kWarp;
-    return carved<Real>(N) + (Large ? 0 : 2 * carved<Real>(threads)) + 2 * carved<Real>(warps) +
-           carved<Real>(2 * warps) + carved<double>(warps) + carved<double>(1);
-  }
-};
-
-// The arcs into a frame, of which the first chunk is here, by columns: each thread's maximum and sum to `tops` and
-// `sums`, where there are tiles each column's. Returns the largest maximum of the thread's.
-template <class Real, bool Tiled>
-__device__ __forceinline__ Real sweep_columns(Ring<Real, Tiled> &ring, Chunk<Real, Tiled> chunk, const Real *arcs,
-                                              const Real *messages, Real middle, Real *tops, Real *sums) {
-  const Tiling &o = ring.o;
-  const int thread = threadIdx.x, group = Tiled ? 0 : thread / o.states, column = Tiled ? thread : thread % o.states;
-  Real top_c = negative_infinity<Real>();
-#pragma unroll 1
-  for (int tile = 0; tile < o.tiles; tile++) {
-    Real top = negative_infinity<Real>(), sum = 0;
-#pragma unroll 1
-    for (int n = 0; n < o.chunks; n++) {
-      if (tile + n > 0) chunk = ring.arrive(arcs, tile, n);
-      if (group >= o.groups || column >= chunk.columns) continue;
-      const auto scores = [&](int r) { return chunk[r][column + (HMM_MUTATION == 2)]; };
-      log_sum_arcs(scores, messages + chunk.row, middle, group, o.groups, chunk.rows, top, sum);
-    }
-    top_c = fmax(top_c, top);
-    if (!Tiled) tops[thread] = top, sums[thread] = sum;
-    else if (column < chunk.columns) tops[chunk.column + column] = top, sums[chunk.column + column] = sum;
-  }
-  return top_c;
-}
-
-// Lanes that share a row: as many as leave no row of a chunk for a second round.
-__device__ __forceinline__ int lanes_of_rows(const Tiling &o) {
-  int lanes = kWarp;
-  while (lanes > 1 && lanes * o.rows > int(blockDim.x)) lanes /= 2;
-  return lanes;
-}
-
-// The same by rows, of which `lanes` lanes have one together: each row's to `tops` and `sums`, where a tile goes on
-// from what the one before it left.
-template <class Real, bool Tiled>
-__device__ __forceinline__ Real sweep_rows(Ring<Real, Tiled> &ring, Chunk<Real, Tiled> chunk, const Real *arcs,
-                                           const Real *messages, Real middle, Real *tops, Real *sums, int lanes) {
-  const Tiling &o = ring.o;
-  const int rows_at_once = blockDim.x / lanes, lane = int(threadIdx.x) & (lanes - 1);
-  Real top_c = negative_infinity<Real>();
-#pragma unroll 1
-  for (int tile = 0; tile < o.tiles; tile++)
-#pragma unroll 1
-    for (int n = 0; n < o.chunks; n++) {
-      if (tile + n > 0) chunk = ring.arrive(arcs, tile, n);
-#pragma unroll 1
-      for (int first = 0; first < chunk.rows; first += rows_at_once) {
-        const int r = first + threadIdx.x / lanes, row = chunk.row + r;
-        Real top = negative_infinity<Real>(), sum = 0;
-        if (Tiled && tile > 0 && lane == 0 && r < chunk.rows) top = tops[row], sum = sums[row];
-        if (r < chunk.rows) {
-          const Real *const of_row = chunk[r];
-          const auto scores = [&](int j) { return of_row[j]; };
-          log_sum_arcs(scores, messages + chunk.column, middle, lane, lanes, chunk.columns, top, sum);
-        }
-        Real c = top;
-#pragma unroll 1
-        for (int k = lanes / 2; k > 0; k /= 2) c = fmax(c, __shfl_xor_sync(kAllLanes, c, k));
-        sum *= exp(top - or_zero(c));
-#pragma unroll 1
-        for (int k = lanes / 2; k > (HMM_MUTATION == 9); k /= 2) sum += __shfl_xor_sync(kAllLanes, sum, k);
-        top_c = fmax(top_c, c);
-        if (lane == 0 && r < chunk.rows) tops[row] = c, sums[row] = sum;
-      }
-    }
-  return top_c;
-}
-
-// The groups' sums of state j together: c_t(j) and the logarithm of the sum, 0 where that is of nothing.
-template <class Real>
-__device__ __forceinline__ Real combine(const Real *tops, const Real *sums, int groups, int N, int j, Real &log_sum) {
-  Real c = negative_infinity<Real>(), sum = 0;
-#pragma unroll(sizeof(Real) == 4 ? 4 : 2)
-  for (int g = 0; g < groups; g++) c = fmax(c, tops[g * N + j]);
-#pragma unroll(sizeof(Real) == 4 ? 4 : 2)
-  for (int g = 0; g < groups; g++) sum += sums[g * N + j] * exp(tops[g * N + j] - or_zero(c));
-  log_sum = sum == 0 ? Real(0) : log(sum);
-  return c;
-}
-
-// log Z of a whole sequence, for thread 0: from the last frame's messages, its M and what has been taken out.
-template <class Real, bool Large>
-__device__ __forceinline__ double finish(const ForwardMemory<Real, Large> &held, int N, int64_t length, Real middle) {
-  const int thread = threadIdx.x, warps = blockDim.x / kWarp;
-  const bool feasible = middle - middle == 0;
-  double total = 0;
-  if (feasible && length > 0)
-#pragma unroll 1
-    for (int j = thread; j < N; j += blockDim.x) total += exp(double(held.messages[j] - middle));
-  total = warp_sum(total);
-  if (thread % kWarp == 0) held.totals[thread / kWarp] = total;
-  __syncthreads();
-  if (thread != 0) return 0;  // no barrier follows
-#pragma unroll 1
-  for (int w = 1; w < warps; w++) total += held.totals[w];
-  if (length == 0) return 0;
-  if (feasible) return *held.taken + log(total);
-  return middle == negative_infinity<Real>() ? double(middle) : double(middle - middle);
-}
-
-template <class Real>
-__device__ __forceinline__ void clear(int64_t from, int64_t frames, int64_t N, Real *alpha, Real *norm, Real *centre) {
-  set(alpha + from * N, frames * N, Real(0));
-  set(norm + from * N, frames * N, Real(0));
-  set(centre + from, frames, Real(0));
-}
-
-// One walk of a sequence from one end; `alpha`, `norm` and `centre` are the sequence's. Returns, for thread 0, log Z
-// where the walk goes through all of it, else what has been taken out: -inf where no path is left.
-template <bool FromEnd, class Real, bool Large, bool Tiled>
-__device__ __forceinline__ double forward_walk(const Tiling &o, unsigned char *memory, const Sequence<Real> &q,
-                                               bool both, Real *alpha, Real *norm, Real *centre) {
-  constexpr int kStep = FromEnd ? -1 : 1;
-  constexpr bool kAhead = !Large && !Tiled;  // where a step is short, and a column one thread's
-  const int N = o.states, thread = threadIdx.x, threads = blockDim.x, warps = threads / kWarp;
-  const int groups = FromEnd ? 1 : o.groups, lanes = FromEnd ? lanes_of_rows(o) : 1;
-  Ring<Real, Tiled> ring(o, memory);
-  const ForwardMemory<Real, Large> held(memory, N, threads);
-  const Walk walk = walk_from_ends(q.length, both, FromEnd);
-  const int64_t end = walk.first + kStep * walk.frames;  // behind the last frame
-
-  Real middle = 0;  // M of the frame before
-  if (thread == 0) *held.taken = 0;
-  int64_t t = walk.first;
-  ring.start(q.arcs(FromEnd ? t : 1), kStep * q.stride, walk.frames - 1);
-  Chunk<Real, Tiled> chunk = {};
-  Real ahead = q.next_emission(t);
-  for (bool goes_on = walk.frames > 0; goes_on; t += kStep) {
-    Frame<Real> frame(q, t, kAhead, ahead);
-    ahead = kAhead ? q.next_emission(t + kStep) : Real(0);
-    Real *const norm_t = norm + t * N, *const alpha_t = alpha + t * N;
-    Real *const tops = Large ? norm_t : held.partial_top, *const sums = Large ? alpha_t : held.partial_sum;
-    Real top_c = FromEnd ? Real(0) : negative_infinity<Real>();
-    if (t == walk.first) {
-      if (!FromEnd)
-#pragma unroll 1
-        for (int j = thread; j < N; j += threads) top_c = fmax(top_c, q.initial[j]);
-    } else if (FromEnd) top_c = sweep_rows(ring, chunk, q.arcs(t + 1), held.messages, middle, tops, sums, lanes);
-    else top_c = sweep_columns(ring, chunk, q.arcs(t), held.messages, middle, tops, sums);
-    top_c = warp_max(top_c);
-    if (thread % kWarp == 0) held.tops_c[thread / kWarp] = top_c;
-    frame.share(held.tops_frame);
-#if HMM_MUTATION != 1
-    __syncthreads();
-#endif
-    const Real C = or_zero(largest_of(held.tops_c, warps));
-    frame.gather(held.tops_frame);
-    Real largest = negative_infinity<Real>();
-#pragma unroll 1
-    for (int j = thread; j < N; j += threads) {
-      Real c, log_sum = 0;
-      if (t == walk.first) c = FromEnd ? Real(0) : q.initial[j];
-      else c = combine(tops, sums, groups, N, j, log_sum);
-      const Real normal = (c - C) + log_sum, message = frame.template added<Large>(normal, j);
-      norm_t[j] = normal, held.messages[j] = message;
-      largest = larger_or_nan(largest, message);
-    }
-    largest = warp_larger_or_nan(largest);
-    if (thread % kWarp == 0) held.tops_alpha[thread / kWarp] = largest;
-    const bool last = t + kStep == end;
-    if (last) __syncthreads();
-    else chunk = ring.arrive(q.arcs(FromEnd ? t : t + 1), 0, 0);
-    middle = largest_of(held.tops_alpha, warps);
-    const bool feasible = middle - middle == 0;
-    goes_on = feasible && !last;
-#pragma unroll 1
-    for (int j = thread; j < N; j += threads) alpha_t[j] = feasible ? held.messages[j] - middle : held.messages[j];
-    if (thread != 0) continue;
-    centre[t] = C;
-    *held.taken += double(C) + double(frame.top_e) + double(frame.top_f) + double(middle);
-  }
-  ring.stop();
-  // Frames that no path reaches.
-  const int64_t from = FromEnd ? end + 1 : t, left = FromEnd ? t - end : end - t;
-  clear(from, left, N, alpha, norm, centre);
-  return walk.frames == q.length ? finish(held, N, q.length, middle) : thread == 0 ? *held.taken : 0;
-}
-
 // Whole sequences from the front, a block each.
 template <class Real, bool Large>
 __global__ void __launch_bounds__(Large ? kTile : kMostThreads, kBlocks<Real>)
     forward_kernel(hmm_problem p, Tiling o, Real *log_partition, Real *alpha, Real *norm, Real *centre,
-                   int32_t *method) {
+                   int32_t *method, const int32_t *done) {
   HMM_SHARED_MEMORY(memory);
   const int64_t b = blockIdx.x, T = p.time, N = p.states;
+  if (done && done[b]) return;  // the whole block
   const Sequence<Real> q(p, b);
   alpha += b * T * N, norm += b * T * N, centre += b * T;
   const double z = forward_walk<false, Real, Large, Large>(o, memory, q, false, alpha, norm, centre);
@@ -279,9 +59,10 @@ __global__ void __launch_bounds__(Large ? kTile : kMostThreads, kBlocks<Real>)
 template <class Real, bool Large, bool RowTiles>
 __global__ void __launch_bounds__(kHalfThreads<Real, Large, RowTiles>, 1)
     halves_kernel(hmm_problem p, Tiling of_columns, Tiling of_rows, Real *log_partition, Real *alpha, Real *norm,
-                  Real *centre, int32_t *method, double *taken) {
+                  Real *centre, int32_t *method, double *taken, const int32_t *done) {
   HMM_SHARED_MEMORY(memory);
   const int64_t b = blockIdx.x, T = p.time, N = p.states;
+  if (done && done[b]) return;  // the whole block
   const Sequence<Real> q(p, b);
   alpha += b * T * N, norm += b * T * N, centre += b * T;
   if (blockIdx.y == 1) {  // the whole block
@@ -298,11 +79,31 @@ __global__ void __launch_bounds__(kHalfThreads<Real, Large, RowTiles>, 1)
   else taken[2 * b] = out;
 }
 
+// A chunk a block, of the sequences that are done so: chunks.h.
+template <class Real>
+__global__ void __launch_bounds__(kMostThreads, kBlocks<Real>)
+    chunk_forward_kernel(hmm_problem p, Tiling o, Chunks chunks, Real *alpha, Real *norm, Real *centre) {
+  HMM_SHARED_MEMORY(memory);
+  const int64_t b = blockIdx.x, chunk = blockIdx.y, T = p.time, N = p.states;
+  if (!chunks.done[b]) return;  // the whole block
+  const Sequence<Real> q(p, b);
+  alpha += b * T * N, norm += b * T * N, centre += b * T;
+  if (chunk == 0) clear(q.length, T - q.length, N, alpha, norm, centre);
+  const Span span = span_of(p, q.length, chunk);
+  if (span.frames <= 0) return;  // the whole block
+  const int64_t end = (b * chunks_of(p) + chunk) * N;
+  const Sequence<Real> part = q.part(span.first, span.frames, chunk ? chunks.entry + end : nullptr,
+                                     span.last ? nullptr : chunks.exit + end);
+  forward_walk<false, Real, false, false>(o, memory, part, false, alpha + span.first * N, norm + span.first * N,
+                                          centre + span.first);
+}
+
 // log Z where the halves meet; J and log S in place of the centres of frames 0 and L-1, which nothing needs. A warp a
 // row.
 template <class Real>
 __global__ void __launch_bounds__(kJoinThreads, 1)
-    join_kernel(hmm_problem p, Real *log_partition, const Real *alpha, Real *centre, const double *taken) {
+    join_kernel(hmm_problem p, Real *log_partition, const Real *alpha, Real *centre, const double *taken,
+                const int32_t *done) {
   HMM_SHARED_MEMORY(memory);
   constexpr int kWarps = kJoinThreads / kWarp;
   Real *const tops = carve<Real>(memory, kWarps);
@@ -311,7 +112,7 @@ __global__ void __launch_bounds__(kJoinThreads, 1)
   const int N = int(p.states), lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const Sequence<Real> q(p, b);
   const int64_t m = meeting(q.length, true);
-  if (m == q.length) return;  // the whole block
+  if (m == q.length || (done && done[b])) return;  // the whole block
   const Real *const before = alpha + (b * p.time + m - 1) * N, *const behind = before + (HMM_MUTATION == 8 ? 0 : N);
   const Real *const arcs = q.arcs(m);
   Real top = negative_infinity<Real>();
@@ -343,11 +144,13 @@ __global__ void __launch_bounds__(kJoinThreads, 1)
 
 }  // namespace
 
-size_t log_space_workspace(const hmm_problem &p) { return 2 * sizeof(double) * size_t(p.batch); }
+size_t log_space_workspace(const hmm_problem &p) {
+  return 2 * sizeof(double) * size_t(p.batch) + (by_chunks<float>(p) ? Chunks::bytes(p) : 0);
+}
 
 template <class Real, bool Large, bool RowTiles>
 static int halves_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Real *norm, Real *centre,
-                          int32_t *method, double *taken, void *stream) {
+                          int32_t *method, double *taken, const int32_t *done, void *stream) {
   constexpr int kMost = kHalfThreads<Real, Large, RowTiles>, kWarps = kJoinThreads / kWarp;
   const auto fixed = ForwardMemory<Real, Large>::bytes;
   const Tiling columns = tiling_of<Real>(p.states, kMost, kMostThreads, kTile, fixed(p.states, kMost));
@@ -358,10 +161,11 @@ static int halves_forward(const hmm_problem &p, Real *log_partition, Real *alpha
   const dim3 walks(unsigned(p.batch), 2);
   const int status =
       launch(halves_kernel<Real, Large, RowTiles>, walks, threads, bytes + fixed(p.states, threads), stream, p, columns,
-             rows, log_partition, alpha, norm, centre, method, taken);
+             rows, log_partition, alpha, norm, centre, method, taken, done);
   return status ? status
                 : launch(join_kernel<Real>, dim3(unsigned(p.batch)), kJoinThreads,
-                         carved<Real>(kWarps) + carved<double>(kWarps), stream, p, log_partition, alpha, centre, taken);
+                         carved<Real>(kWarps) + carved<double>(kWarps), stream, p, log_partition, alpha, centre, taken,
+                         done);
 }
 
 template <class Real>
@@ -369,18 +173,31 @@ int log_space_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Re
                       void *workspace, void *stream) {
   if (p.batch == 0) return HMM_OK;
   const bool large = p.states > kMostThreads;
-  if (p.sharing == HMM_BY_ENDS) {
-    const auto halves = large                 ? halves_forward<Real, true, true>
-                        : p.states > kRowTile ? halves_forward<Real, false, true>
-                                              : halves_forward<Real, false, false>;
-    return halves(p, log_partition, alpha, norm, centre, method, static_cast<double *>(workspace), stream);
-  }
   const int most = large ? kTile : kMostThreads;
   const auto fixed = large ? ForwardMemory<Real, true>::bytes : ForwardMemory<Real, false>::bytes;
   const Tiling o = tiling_of<Real>(p.states, most, kMostThreads, kTile, fixed(p.states, most));
   const size_t bytes = Ring<Real, true>::bytes(o) + fixed(p.states, o.threads);
+  double *const taken = static_cast<double *>(workspace);
+  const int32_t *done = nullptr;  // what is done in chunks
+  if constexpr (sizeof(Real) == 4)
+    if (by_chunks<Real>(p)) {
+      const Chunks chunks(p, taken + 2 * p.batch);
+      const dim3 grid(unsigned(p.batch), unsigned(chunks_of(p)));
+      done = chunks.done;
+      int status = transfer(p, chunks, stream);
+      if (!status) status = bridge(p, chunks, log_partition, method, stream);
+      if (!status)
+        status = launch(chunk_forward_kernel<Real>, grid, o.threads, bytes, stream, p, o, chunks, alpha, norm, centre);
+      if (status) return status;
+    }
+  if (p.sharing == HMM_BY_ENDS) {
+    const auto halves = large                 ? halves_forward<Real, true, true>
+                        : p.states > kRowTile ? halves_forward<Real, false, true>
+                                              : halves_forward<Real, false, false>;
+    return halves(p, log_partition, alpha, norm, centre, method, taken, done, stream);
+  }
   return launch(large ? forward_kernel<Real, true> : forward_kernel<Real, false>, dim3(unsigned(p.batch)), o.threads,
-                bytes, stream, p, o, log_partition, alpha, norm, centre, method);
+                bytes, stream, p, o, log_partition, alpha, norm, centre, method, done);
 }
 
 #define HMM_OF(Real)                                                                                               \

@@ -11,12 +11,17 @@
 //   p(z_t = i, z_{t+1} = j | x) = exp(phi_{t+1}(i, j) - C_t - u_t(i) + alpha_{t+1}(j)),
 //   gamma_{t+1}(j) = sum_i p(z_t = i, z_{t+1} = j | x) / what these sum to over j
 //
+// In chunks (log_space.cu), a block a chunk begins with gamma = exp(alpha) of its last frame, and goes on as above to its
+// first one; where edges are asked for, through the arcs into it, too. The alpha before those is found again from norm,
+// since the one that is kept has the messages from behind it added.
+//
 // Scores pass through shared memory (staging.h). To the front up to 32 lanes go along a row, four rows at once; to the
 // end a column is a thread's, or several threads' for N up to 128, four arcs at once. Cost a step, N^2 arcs: an
 // exponential, 4 additions, a product, 4 bytes (8 in float64) read, as many written where edges are asked for. Barriers
 // a step: 1 and one a chunk of 10 KB: 2 for N up to 50 in float32, 8 for 128.
 // Limits: N at most HMM_CUDA_MOST_STATES_VARYING, T none. Shared memory within 48 KB. Compiled and executed on the CPU,
 // not timed.
+#include "chunks.h"
 #include "kernels.h"
 #include "staging.h"
 #include "walks.h"
@@ -112,6 +117,7 @@ template <class Real, bool Tiled> struct BackwardMemory {
 template <class Real> struct BackwardArrays {
   const Real *alpha, *norm, *centre;
   Real *state, *edge;
+  const Real *before = nullptr;  // of a chunk: messages of the frame before frame 0, from which arcs lead to it
 };
 
 // The arcs of a step, to `edge` and to `gamma` of the next frame; returns this thread's part of its sum.
@@ -148,7 +154,8 @@ __device__ __forceinline__ void backward_walk(const Tiling &o, unsigned char *me
   int lanes = 1;  // that share a row
   while (!ToEnd && lanes < o.width && lanes < kWarp) lanes *= 2;
   const Walk walk = walk_to_ends(q.length, both, ToEnd);
-  const int64_t last = ToEnd ? q.length - 1 : 0;
+  const bool enters = !ToEnd && x.before;
+  const int64_t last = ToEnd ? q.length - 1 : enters ? -1 : 0;
   bool meets = walk.meets;  // t is of the other half, and only its message is known
   int64_t t = meets ? walk.first - kStep : walk.first;
   const int64_t steps = kStep * (last - t);
@@ -165,7 +172,10 @@ __device__ __forceinline__ void backward_walk(const Tiling &o, unsigned char *me
     if (thread % kWarp == 0) held.warp_sums[thread / kWarp] = sum;
     const Real C = x.centre[meets ? 0 : t], rest = meets ? x.centre[q.length - 1] : Real(0);
     const Real *const norm = (meets ? x.alpha : x.norm) + t * N;
-    if (!Tiled && thread < N && t != last) norm_j = norm[thread], alpha_j = x.alpha[(t + kStep) * N + thread];
+    if (!Tiled && thread < N && t != last) {
+      norm_j = norm[thread];
+      alpha_j = enters && t == 0 ? x.before[thread] : x.alpha[(t + kStep) * N + thread];
+    }
 #if HMM_MUTATION != 7
     __syncthreads();
 #endif
@@ -193,6 +203,7 @@ __device__ __forceinline__ void backward_walk(const Tiling &o, unsigned char *me
     Real *edge = x.edge ? x.edge + (ToEnd ? t : t - 1) * N * N : nullptr;
     if (ToEnd && meets) edge = nullptr;  // the other walk's
     sum = posterior_step<ToEnd>(ring, arcs_from(t), messages, held.u, C, grad, lanes, gamma_t, edge);
+    if (enters && t == 0) break;  // gamma of the frame before is another walk's
     meets = false;
 #pragma unroll 1
     for (int n = lanes; n < kWarp; n *= 2) sum += __shfl_xor_sync(kAllLanes, sum, n);
@@ -209,6 +220,7 @@ __global__ void __launch_bounds__(Tiled ? kTiledThreads : kMostThreads, (Tiled ?
                     Real *edge) {
   HMM_SHARED_MEMORY(memory);
   const int64_t b = blockIdx.x, T = p.time, N = p.states, steps = T > 1 ? T - 1 : 0;
+  if (method[b] == HMM_CHUNKS) return;  // the whole block
   const Sequence<Real> q(p, b);
   const Real z = log_partition[b], g = grad[b];
   const int64_t used = q.length > 1 ? q.length - 1 : 0;
@@ -232,6 +244,58 @@ __global__ void __launch_bounds__(Tiled ? kTiledThreads : kMostThreads, (Tiled ?
   if (edge) set(edge + used * N * N, (steps - used) * N * N, Real(0));
 }
 
+// The messages of a chunk's last frame without what comes from behind it, which alpha has: from norm, as the forward pass
+// had them. For a whole warp.
+template <class Real>
+__device__ __forceinline__ void messages_of(const Real *norm, const Real *emission, int N, Real *messages) {
+  const int lane = threadIdx.x % kWarp;
+  Real top_e = negative_infinity<Real>(), top = top_e;
+  for (int j = lane; emission && j < N; j += kWarp) top_e = fmax(top_e, emission[j]);
+  top_e = or_zero(warp_max(top_e));
+  for (int j = lane; j < N; j += kWarp) {
+    messages[j] = norm[j] + (emission ? emission[j] - top_e : Real(0));
+    top = fmax(top, messages[j]);
+  }
+  top = or_zero(warp_max(top));
+  for (int j = lane; j < N; j += kWarp) messages[j] -= top;
+}
+
+// A chunk a block, of the sequences that were done so: chunks.h. Its arcs are those into its frames.
+template <class Real>
+__global__ void __launch_bounds__(kMostThreads, kBlocks<Real>)
+    chunk_backward_kernel(hmm_problem p, Tiling o, const Real *grad, const Real *alpha, const Real *norm, const Real *centre,
+                 const int32_t *method, Real *state, Real *edge) {
+  HMM_SHARED_MEMORY(memory);
+  const int64_t b = blockIdx.x, chunk = blockIdx.y, T = p.time, N = p.states;
+  if (method[b] != HMM_CHUNKS) return;  // the whole block
+  const Sequence<Real> q(p, b);
+  const Real g = grad[b];
+  const Span span = span_of(p, q.length, chunk);
+  Real *const edges = edge ? edge + b * (T - 1) * N * N : nullptr;
+  state += b * T * N;
+  if (chunk == 0) {
+    set(state + q.length * N, (T - q.length) * N, Real(0));
+    if (edges) set(edges + (q.length - 1) * N * N, (T - q.length) * N * N, Real(0));
+  }
+  if (span.frames <= 0) return;  // the whole block
+  const int64_t at = (b * T + span.first) * N, arcs = chunk ? span.first - 1 : 0;  // the first step that is its
+  if (g == 0) {  // the whole block
+    set(state + span.first * N, span.frames * N, Real(0));
+    if (edges) set(edges + arcs * N * N, (span.first + span.frames - 1 - arcs) * N * N, Real(0));
+    return;
+  }
+  Real *const before = carve<Real>(memory, int(N));
+  const bool enters = edges && chunk > 0;
+  if (enters && threadIdx.x < kWarp)
+    messages_of(norm + at - N, q.emission ? q.emission + (span.first - 1) * N : nullptr, int(N), before);
+#if HMM_MUTATION != 34
+  __syncthreads();
+#endif
+  const BackwardArrays<Real> x = {alpha + at, norm + at, centre + b * T + span.first, state + span.first * N,
+                                  edges ? edges + span.first * N * N : nullptr, enters ? before : nullptr};
+  backward_walk<false, Real, false>(o, memory, q.part(span.first, span.frames, nullptr, nullptr), false, g, x);
+}
+
 }  // namespace
 
 template <class Real>
@@ -246,6 +310,13 @@ int log_space_backward(const hmm_problem &p, const Real *grad, const Real *log_p
   const Tiling columns = tiling_of<Real>(p.states, most, kBackwardTile, kColumnTile, fixed);
   const size_t bytes = max(Ring<Real, true>::bytes(rows), Ring<Real, true>::bytes(columns)) +
                        backward_fixed<Real>(rows.threads, p.states, tiled);
+  if constexpr (sizeof(Real) == 4)
+    if (by_chunks<Real>(p)) {
+      const int status = launch(chunk_backward_kernel<Real>, dim3(unsigned(p.batch), unsigned(chunks_of(p))), rows.threads,
+                                bytes + carved<Real>(p.states), stream, p, rows, grad, alpha, norm, centre, method,
+                                state, edge);
+      if (status) return status;
+    }
   return launch(tiled ? backward_kernel<Real, true> : backward_kernel<Real, false>, dim3(unsigned(p.batch), 2),
                 rows.threads, bytes, stream, p, rows, columns, grad, log_partition, alpha, norm, centre, method, state,
                 edge);

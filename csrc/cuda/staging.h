@@ -189,6 +189,7 @@ template <class Real> __device__ __forceinline__ void set(Real *x, int64_t n, Re
 // One sequence of a problem.
 template <class Real> struct Sequence {
   const Real *initial, *transition, *emission, *final;  // emission and final may be null
+  const Real *entry = nullptr;  // of a chunk: log messages of the frame before frame 0, in place of initial scores
   int64_t length, stride;
   int states;
 
@@ -203,6 +204,15 @@ template <class Real> struct Sequence {
   __device__ __forceinline__ Real next_emission(int64_t t) const {
     const bool any = emission && t < length && int(threadIdx.x) < states;
     return any ? emission[t * states + threadIdx.x] : negative_infinity<Real>();
+  }
+  // Some of its frames as a sequence of their own: those before them are known by `before`, those behind by `behind`
+  // (null for none: then they are its first and last).
+  __device__ __forceinline__ Sequence part(int64_t from, int64_t frames, const Real *before, const Real *behind) const {
+    Sequence q = *this;
+    q.transition += from * stride, q.length = frames, q.entry = before;
+    if (emission) q.emission += from * states;
+    if (behind) q.final = behind;
+    return q;
   }
   // Scores of the arcs from frame t-1 to frame t.
   __device__ __forceinline__ const Real *arcs(int64_t t) const { return transition + (t - 1) * stride; }

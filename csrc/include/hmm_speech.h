@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-#define HMM_ABI_VERSION 4
+#define HMM_ABI_VERSION 5
 #define HMM_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -25,9 +25,9 @@ extern "C" {
 enum hmm_status { HMM_OK = 0, HMM_INVALID_ARGUMENT = 1, HMM_OUT_OF_MEMORY = 2, HMM_CUDA_ERROR = 1000 };
 
 /* How a sequence was computed: by scaled probabilities, certified exact; again in float64, since they could not be
- * certified (csrc/cpu/scaled_arcs.h, redo.h); in log space, as time-varying transitions are; or from both ends at once, by
- * scaled probabilities, on a GPU also in log space. */
-enum hmm_method { HMM_SCALED = 0, HMM_REDONE = 1, HMM_LOG_SPACE = 2, HMM_BOTH_ENDS = 3 };
+ * certified (csrc/cpu/scaled_arcs.h, redo.h); in log space, as time-varying transitions are; from both ends at once, by
+ * scaled probabilities, on a GPU also in log space; or, on a GPU, in log space and chunks of frames, all at once. */
+enum hmm_method { HMM_SCALED = 0, HMM_REDONE = 1, HMM_LOG_SPACE = 2, HMM_BOTH_ENDS = 3, HMM_CHUNKS = 4 };
 
 /* How threads share the sequences where there are fewer groups of 8 than threads and one matrix for all (otherwise it is
  * not read): each has some of them; two walk the same ones from both ends (hmm_forward; hmm_backward follows the method);
@@ -48,6 +48,7 @@ typedef struct hmm_problem {
   int32_t time_varying; /* 1: transitions (or the gradient asked for) have a time axis; log space throughout */
   int32_t threads;      /* at least 1 */
   int32_t sharing;      /* enum hmm_sharing */
+  int32_t chunk_frames; /* of a chunk, 0 for none: on a GPU, the same in hmm_cuda_forward and hmm_cuda_backward */
 } hmm_problem;
 
 /* Forward algorithm.
@@ -237,7 +238,9 @@ HMM_API int hmm_low_rank_backward_f64(const hmm_low_rank *, const double *grad, 
  * steps one after the other (HMM_BOTH_ENDS), or HMM_BY_SEQUENCES, as samples need it; threads are not looked at. Where
  * time_varying is 1, HMM_BOTH_ENDS is HMM_LOG_SPACE for the first (L + 1) / 2 frames; in the others alpha holds log
  * messages from the end, maximum 0, and norm + centre the log-sum over the next state, and of frames 0 and L-1 centre
- * holds what the halves meet with (csrc/cuda/log_space.cu). `workspace` is hmm_cuda_workspace() bytes, from
+ * holds what the halves meet with (csrc/cuda/log_space.cu). Where chunk_frames is more than 0 too, sequences of more frames
+ * may be done in chunks of as many (csrc/cuda/transfer.cu; float only, N up to 64): HMM_CHUNKS is HMM_LOG_SPACE, but that
+ * alpha of a chunk's last frame has the log messages from behind it added, and its maximum is 0 then. `workspace` is hmm_cuda_workspace() bytes, from
  * whose start on nothing is kept between calls. */
 #define HMM_CUDA_MOST_STATES 8192
 #define HMM_CUDA_MOST_STATES_VARYING 4096 /* where time_varying is 1 */

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -40,6 +41,11 @@ _BOTH_ENDS_TO = 2048
 # Where transitions vary over time (log_space.cu), a step is a chain of 1.6 us or more, or reads its arcs as fast; the
 # halves meet in one launch more, which reads all arcs of a step twice.
 _VARYING_STEP, _LAUNCH = 1.6, 3.0
+# In chunks (transfer.cu), a frame of a matrix comes to the steps of the walks: 3,900 cycles or more for 50 states, N^3
+# products, at least what barriers and exponentials take. From chunk to chunk messages are handed on in some 1,450;
+# four launches are more. Two chunks on one multiprocessor, whose shared memory holds both, are put at 1.35 of one.
+_MATRIX_FRAME, _LEAST_MATRIX_FRAME, _BRIDGE = 2.2, 0.6, 0.9
+_CHUNK_STATES, _BESIDE, _TWO_MATRICES = 64, 1.35, 112 * 1024
 
 
 def walk_both_ends(time: int, num_states: int, in_steps: bool) -> bool:
@@ -61,8 +67,34 @@ def walk_varying_from_both_ends(batch: int, time: int, num_states: int, multipro
     return 2 * batch <= multiprocessors and saved > _LAUNCH + 2 * arcs
 
 
+def chunk_frames(batch: int, time: int, num_states: int, multiprocessors: int, beside: int) -> int:
+    """Frames of a chunk where a float32 problem whose transitions vary over time is best cut into chunks, else 0.
+
+    A multiprocessor has one chunk, or up to `beside`. Of P chunks a sequence, T / P frames take a frame of a matrix and
+    two steps of a walk each, forward and backward, and P steps of the bridge. From both ends, T / 2 steps a pass."""
+    found, least = 0, time * _VARYING_STEP
+    if batch == 0 or num_states > _CHUNK_STATES:
+        return 0
+    one = max(_LEAST_MATRIX_FRAME, _MATRIX_FRAME * (num_states / 50) ** 3) + 2 * _VARYING_STEP
+    for among in range(1, beside + 1):
+        frame = one * (_BESIDE if among > 1 else 1)
+        chunks = min(among * multiprocessors // batch, round(math.sqrt(time * frame / _BRIDGE)))
+        if chunks < 2:
+            continue
+        frames = -(-time // chunks)
+        cost = frames * frame + chunks * _BRIDGE + 4 * _LAUNCH
+        if frames < time and cost < least:
+            found, least = frames, cost
+    return found
+
+
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def chunks_beside(device: torch.device) -> int:
+    """Chunks that a multiprocessor takes at once."""
+    return 1 + (torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= _TWO_MATRICES)
 
 
 class Call(ops._Call):
@@ -111,7 +143,11 @@ class Call(ops._Call):
         if not both_ends:
             return
         if self.time_varying:
-            halves = walk_varying_from_both_ends(batch, time, num_states, multiprocessors(self.device))
+            processors = multiprocessors(self.device)
+            halves = walk_varying_from_both_ends(batch, time, num_states, processors)
+            if self.dtype == torch.float32:
+                beside = chunks_beside(self.device)
+                self.problem.chunk_frames = chunk_frames(batch, time, num_states, processors, beside)
         else:
             halves = walk_both_ends(time, num_states, self.in_steps)
         if halves:

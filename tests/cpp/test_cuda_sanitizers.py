@@ -113,6 +113,12 @@ NOTICED_BY = {
     23: ("address", "exercise_wide"),  # an index off by one, in what shared memory gets
     24: ("address", "exercise_wide"),  # states that were lost not looked for: redone nowhere
     25: ("thread", "exercise_wide"),  # a barrier removed, where they are looked for
+    31: ("thread", "exercise_chunks"),  # a barrier removed, before a product of transfer matrices
+    32: ("thread", "exercise_chunks"),  # and behind it
+    33: ("thread", "exercise_chunks"),  # a barrier removed, from chunk to chunk
+    34: ("thread", "exercise_chunks"),  # and backward, of the messages before a chunk
+    35: ("address", "exercise_chunks"),  # certificates not looked at: sequences in chunks that must not be
+    36: ("address", "exercise_chunks"),  # a rescale that is not counted: wrong numbers
 }
 
 

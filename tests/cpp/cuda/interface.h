@@ -27,7 +27,8 @@ template <class Real> struct Exercise {
   std::mt19937 random;
   std::vector<Real> initial, transition, emission, final, grad;
   std::vector<int64_t> lengths;
-  std::vector<int32_t> method;  // of the pass from both ends
+  std::vector<int32_t> method;  // of the pass from both ends, or in chunks
+  int32_t chunk_frames = 0;
   hmm_problem p = {};
 
   Exercise(int64_t T, int64_t N, Kind kind, double scale, double forbidden) : T(T), N(N), kind(kind), random(unsigned(T * 100 + N + kind)) {
@@ -104,14 +105,14 @@ template <class Real> struct Exercise {
     using F = Functions<Real>;
     const double tolerance = F::tolerance;
     hmm_problem halves = p;  // samples are drawn from messages of whole sequences
-    halves.sharing = HMM_BY_ENDS;
+    halves.sharing = HMM_BY_ENDS, halves.chunk_frames = chunk_frames;
     std::vector<Real> log_partition(B), whole(B), alpha(B * T * N), norm(B * T * N), centre(B * T), state(B * T * N), edge(transition.size());
     method.resize(B);
-    const auto workspace = [&](int pass) { return std::vector<double>((hmm_cuda_workspace(&p, sizeof(Real), pass) + 7) / 8); };
-    std::vector<double> room = workspace(HMM_CUDA_FORWARD);
+    const auto workspace = [&](const hmm_problem &of, int pass) { return std::vector<double>((hmm_cuda_workspace(&of, sizeof(Real), pass) + 7) / 8); };
+    std::vector<double> room = workspace(halves, HMM_CUDA_FORWARD);
     CHECK(F::forward(&halves, log_partition.data(), alpha.data(), norm.data(), centre.data(), method.data(), room.data(), nullptr) == HMM_OK);
-    room = workspace(HMM_CUDA_BACKWARD);
-    CHECK(F::backward(&p, grad.data(), log_partition.data(), alpha.data(), norm.data(), centre.data(), method.data(), state.data(),
+    room = workspace(halves, HMM_CUDA_BACKWARD);
+    CHECK(F::backward(&halves, grad.data(), log_partition.data(), alpha.data(), norm.data(), centre.data(), method.data(), state.data(),
                       edge.data(), room.data(), nullptr) == HMM_OK);
     std::vector<int32_t> whole_method(B);
     const int64_t S = 2;
@@ -121,7 +122,7 @@ template <class Real> struct Exercise {
     std::uniform_real_distribution<double> unit;
     for (Real &u : uniform) u = std::min(Real(unit(random)), Real(0.999));
     if (paths) CHECK(F::viterbi(&p, score.data(), delta.data(), pointers.data(), states.data(), nullptr) == HMM_OK);
-    room = workspace(HMM_CUDA_FORWARD);
+    room = workspace(p, HMM_CUDA_FORWARD);
     CHECK(F::forward(&p, whole.data(), alpha.data(), norm.data(), centre.data(), whole_method.data(), room.data(), nullptr) == HMM_OK);
     if (paths) CHECK(F::sample(&p, S, log_partition.data(), alpha.data(), norm.data(), whole_method.data(), uniform.data(), drawn.data(), nullptr) == HMM_OK);
 

@@ -129,6 +129,7 @@ def shared_memory(folder: Path) -> dict[str, int]:
         patch.setattr(library, "cuda", lambda: handle)
         patch.setattr(cuda, "stream_of", lambda device: contextlib.nullcontext())
         patch.setattr(cuda, "multiprocessors", lambda device: 1000)
+        patch.setattr(cuda, "chunks_beside", lambda device: 1)
         patch.setenv("HMM_LAUNCHES", str(launches))
         for dtype in (torch.float32, torch.float64):
             _solve("shared", 2, dtype, time=200)  # counts in several blocks, which are summed
@@ -138,10 +139,13 @@ def shared_memory(folder: Path) -> dict[str, int]:
             for kind, sizes in STATES.items():
                 for states in sizes:
                     _solve(kind, states, dtype, time=4 if kind == "time-varying" else 2)  # from both ends
+        patch.setattr(cuda, "chunk_frames", lambda *shape: 2)
+        for states in (50, 64):
+            _solve("time-varying", states, torch.float32, time=4)
     said = subprocess.run(["nm", "-C", made], capture_output=True, text=True, check=True).stdout
     names = {}
     for line in said.splitlines():
-        if "_kernel<" in line:
+        if "_kernel<" in line or "_kernel(" in line:
             place, _, name = line.split(" ", 2)
             plain = name.replace("hmm::", "").replace("(anonymous namespace)::", "").removeprefix("void ")
             names[int(place, 16)] = plain.split("(")[0]

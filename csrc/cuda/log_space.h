@@ -1,0 +1,245 @@
+// One walk of a forward pass in log space over transitions that vary over time, from either end: log_space.cu has the
+// recursion and the kernels.
+#pragma once
+#include "kernels.h"
+#include "staging.h"
+#include "walks.h"
+
+namespace hmm {
+namespace {
+
+// One more batch of arcs into (from the end: out of) a state: (top, sum) = their log-sum, sum * exp(top), with those of
+// `count` that are this thread's: `share`, share + shares, ... Messages are `middle` above what they should be.
+template <class Real, class Scores>
+__device__ __forceinline__ void log_sum_arcs(const Scores &scores, const Real *messages, Real middle, int share,
+                                             int shares, int count, Real &top, Real &sum) {
+  constexpr int kBatch = sizeof(Real) == 4 ? 8 : 4;
+#pragma unroll 1
+  for (int first = share; first < count; first += kBatch * shares) {
+    Real x[kBatch], a[kBatch], larger = top;
+#pragma unroll
+    for (int k = 0; k < kBatch; k++) {
+      const int r = first + k * shares;
+      x[k] = negative_infinity<Real>(), a[k] = 0;
+      if (r < count) x[k] = scores(r), a[k] = messages[r] - middle;
+      larger = fmax(larger, x[k] + a[k]);
+    }
+    const Real from = or_zero(larger);
+    sum *= exp(top - from);
+#pragma unroll
+    for (int k = 0; k < kBatch; k++)
+      if (first + k * shares < count) sum += exp((x[k] - from) + a[k]);
+    top = larger;
+  }
+}
+
+// What a block keeps in shared memory beside the ring.
+template <class Real, bool Large> struct ForwardMemory {
+  Real *messages;                   // norm_t + emissions, before M_t is taken out
+  Real *partial_top, *partial_sum;  // of each thread, or row
+  Real *tops_c, *tops_alpha, *tops_frame;
+  double *totals, *taken;  // of each warp; what has been taken out, thread 0's
+
+  __device__ __forceinline__ ForwardMemory(unsigned char *&memory, int N, int threads) {
+    messages = carve<Real>(memory, N);
+    partial_top = Large ? nullptr : carve<Real>(memory, threads),
+    partial_sum = Large ? nullptr : carve<Real>(memory, threads);
+    tops_c = carve<Real>(memory, threads / kWarp), tops_alpha = carve<Real>(memory, threads / kWarp);
+    tops_frame = carve<Real>(memory, 2 * (threads / kWarp));
+    totals = carve<double>(memory, threads / kWarp), taken = carve<double>(memory, 1);
+  }
+  static size_t bytes(int64_t N, int threads) {
+    const int warps = threads / kWarp;
+    return carved<Real>(N) + (Large ? 0 : 2 * carved<Real>(threads)) + 2 * carved<Real>(warps) +
+           carved<Real>(2 * warps) + carved<double>(warps) + carved<double>(1);
+  }
+};
+
+// The arcs into a frame, of which the first chunk is here, by columns: each thread's maximum and sum to `tops` and
+// `sums`, where there are tiles each column's. Returns the largest maximum of the thread's.
+template <class Real, bool Tiled>
+__device__ __forceinline__ Real sweep_columns(Ring<Real, Tiled> &ring, Chunk<Real, Tiled> chunk, const Real *arcs,
+                                              const Real *messages, Real middle, Real *tops, Real *sums) {
+  const Tiling &o = ring.o;
+  const int thread = threadIdx.x, group = Tiled ? 0 : thread / o.states, column = Tiled ? thread : thread % o.states;
+  Real top_c = negative_infinity<Real>();
+#pragma unroll 1
+  for (int tile = 0; tile < o.tiles; tile++) {
+    Real top = negative_infinity<Real>(), sum = 0;
+#pragma unroll 1
+    for (int n = 0; n < o.chunks; n++) {
+      if (tile + n > 0) chunk = ring.arrive(arcs, tile, n);
+      if (group >= o.groups || column >= chunk.columns) continue;
+      const auto scores = [&](int r) { return chunk[r][column + (HMM_MUTATION == 2)]; };
+      log_sum_arcs(scores, messages + chunk.row, middle, group, o.groups, chunk.rows, top, sum);
+    }
+    top_c = fmax(top_c, top);
+    if (!Tiled) tops[thread] = top, sums[thread] = sum;
+    else if (column < chunk.columns) tops[chunk.column + column] = top, sums[chunk.column + column] = sum;
+  }
+  return top_c;
+}
+
+// Lanes that share a row: as many as leave no row of a chunk for a second round.
+__device__ __forceinline__ int lanes_of_rows(const Tiling &o) {
+  int lanes = kWarp;
+  while (lanes > 1 && lanes * o.rows > int(blockDim.x)) lanes /= 2;
+  return lanes;
+}
+
+// The same by rows, of which `lanes` lanes have one together: each row's to `tops` and `sums`, where a tile goes on
+// from what the one before it left.
+template <class Real, bool Tiled>
+__device__ __forceinline__ Real sweep_rows(Ring<Real, Tiled> &ring, Chunk<Real, Tiled> chunk, const Real *arcs,
+                                           const Real *messages, Real middle, Real *tops, Real *sums, int lanes) {
+  const Tiling &o = ring.o;
+  const int rows_at_once = blockDim.x / lanes, lane = int(threadIdx.x) & (lanes - 1);
+  Real top_c = negative_infinity<Real>();
+#pragma unroll 1
+  for (int tile = 0; tile < o.tiles; tile++)
+#pragma unroll 1
+    for (int n = 0; n < o.chunks; n++) {
+      if (tile + n > 0) chunk = ring.arrive(arcs, tile, n);
+#pragma unroll 1
+      for (int first = 0; first < chunk.rows; first += rows_at_once) {
+        const int r = first + threadIdx.x / lanes, row = chunk.row + r;
+        Real top = negative_infinity<Real>(), sum = 0;
+        if (Tiled && tile > 0 && lane == 0 && r < chunk.rows) top = tops[row], sum = sums[row];
+        if (r < chunk.rows) {
+          const Real *const of_row = chunk[r];
+          const auto scores = [&](int j) { return of_row[j]; };
+          log_sum_arcs(scores, messages + chunk.column, middle, lane, lanes, chunk.columns, top, sum);
+        }
+        Real c = top;
+#pragma unroll 1
+        for (int k = lanes / 2; k > 0; k /= 2) c = fmax(c, __shfl_xor_sync(kAllLanes, c, k));
+        sum *= exp(top - or_zero(c));
+#pragma unroll 1
+        for (int k = lanes / 2; k > (HMM_MUTATION == 9); k /= 2) sum += __shfl_xor_sync(kAllLanes, sum, k);
+        top_c = fmax(top_c, c);
+        if (lane == 0 && r < chunk.rows) tops[row] = c, sums[row] = sum;
+      }
+    }
+  return top_c;
+}
+
+// The groups' sums of state j together: c_t(j) and the logarithm of the sum, 0 where that is of nothing.
+template <class Real>
+__device__ __forceinline__ Real combine(const Real *tops, const Real *sums, int groups, int N, int j, Real &log_sum) {
+  Real c = negative_infinity<Real>(), sum = 0;
+#pragma unroll(sizeof(Real) == 4 ? 4 : 2)
+  for (int g = 0; g < groups; g++) c = fmax(c, tops[g * N + j]);
+#pragma unroll(sizeof(Real) == 4 ? 4 : 2)
+  for (int g = 0; g < groups; g++) sum += sums[g * N + j] * exp(tops[g * N + j] - or_zero(c));
+  log_sum = sum == 0 ? Real(0) : log(sum);
+  return c;
+}
+
+// log Z of a whole sequence, for thread 0: from the last frame's messages, its M and what has been taken out.
+template <class Real, bool Large>
+__device__ __forceinline__ double finish(const ForwardMemory<Real, Large> &held, int N, int64_t length, Real middle) {
+  const int thread = threadIdx.x, warps = blockDim.x / kWarp;
+  const bool feasible = middle - middle == 0;
+  double total = 0;
+  if (feasible && length > 0)
+#pragma unroll 1
+    for (int j = thread; j < N; j += blockDim.x) total += exp(double(held.messages[j] - middle));
+  total = warp_sum(total);
+  if (thread % kWarp == 0) held.totals[thread / kWarp] = total;
+  __syncthreads();
+  if (thread != 0) return 0;  // no barrier follows
+#pragma unroll 1
+  for (int w = 1; w < warps; w++) total += held.totals[w];
+  if (length == 0) return 0;
+  if (feasible) return *held.taken + log(total);
+  return middle == negative_infinity<Real>() ? double(middle) : double(middle - middle);
+}
+
+template <class Real>
+__device__ __forceinline__ void clear(int64_t from, int64_t frames, int64_t N, Real *alpha, Real *norm, Real *centre) {
+  set(alpha + from * N, frames * N, Real(0));
+  set(norm + from * N, frames * N, Real(0));
+  set(centre + from, frames, Real(0));
+}
+
+// One walk of a sequence from one end; `alpha`, `norm` and `centre` are the sequence's. Returns, for thread 0, log Z
+// where the walk goes through all of it, else what has been taken out: -inf where no path is left. Where q.entry is
+// known (from the front only), arcs lead into frame 0 as into the others.
+template <bool FromEnd, class Real, bool Large, bool Tiled>
+__device__ __forceinline__ double forward_walk(const Tiling &o, unsigned char *memory, const Sequence<Real> &q,
+                                               bool both, Real *alpha, Real *norm, Real *centre) {
+  constexpr int kStep = FromEnd ? -1 : 1;
+  constexpr bool kAhead = !Large && !Tiled;  // where a step is short, and a column one thread's
+  const int N = o.states, thread = threadIdx.x, threads = blockDim.x, warps = threads / kWarp;
+  const int groups = FromEnd ? 1 : o.groups, lanes = FromEnd ? lanes_of_rows(o) : 1;
+  Ring<Real, Tiled> ring(o, memory);
+  const ForwardMemory<Real, Large> held(memory, N, threads);
+  const Walk walk = walk_from_ends(q.length, both, FromEnd);
+  const int64_t end = walk.first + kStep * walk.frames;  // behind the last frame
+
+  Real middle = 0;  // M of the frame before
+  if (thread == 0) *held.taken = 0;
+  int64_t t = walk.first;
+  const bool enters = !FromEnd && q.entry;
+  ring.start(q.arcs(FromEnd ? t : enters ? 0 : 1), kStep * q.stride, walk.frames - (enters ? 0 : 1));
+  Chunk<Real, Tiled> chunk = {};
+  if (enters) {
+#pragma unroll 1
+    for (int j = thread; j < N; j += threads) held.messages[j] = q.entry[j];
+    chunk = ring.arrive(q.arcs(0), 0, 0);
+  }
+  Real ahead = q.next_emission(t);
+  for (bool goes_on = walk.frames > 0; goes_on; t += kStep) {
+    Frame<Real> frame(q, t, kAhead, ahead);
+    ahead = kAhead ? q.next_emission(t + kStep) : Real(0);
+    Real *const norm_t = norm + t * N, *const alpha_t = alpha + t * N;
+    Real *const tops = Large ? norm_t : held.partial_top, *const sums = Large ? alpha_t : held.partial_sum;
+    Real top_c = FromEnd ? Real(0) : negative_infinity<Real>();
+    const bool begins = t == walk.first && !enters;
+    if (begins) {
+      if (!FromEnd)
+#pragma unroll 1
+        for (int j = thread; j < N; j += threads) top_c = fmax(top_c, q.initial[j]);
+    } else if (FromEnd) top_c = sweep_rows(ring, chunk, q.arcs(t + 1), held.messages, middle, tops, sums, lanes);
+    else top_c = sweep_columns(ring, chunk, q.arcs(t), held.messages, middle, tops, sums);
+    top_c = warp_max(top_c);
+    if (thread % kWarp == 0) held.tops_c[thread / kWarp] = top_c;
+    frame.share(held.tops_frame);
+#if HMM_MUTATION != 1
+    __syncthreads();
+#endif
+    const Real C = or_zero(largest_of(held.tops_c, warps));
+    frame.gather(held.tops_frame);
+    Real largest = negative_infinity<Real>();
+#pragma unroll 1
+    for (int j = thread; j < N; j += threads) {
+      Real c, log_sum = 0;
+      if (begins) c = FromEnd ? Real(0) : q.initial[j];
+      else c = combine(tops, sums, groups, N, j, log_sum);
+      const Real normal = (c - C) + log_sum, message = frame.template added<Large>(normal, j);
+      norm_t[j] = normal, held.messages[j] = message;
+      largest = larger_or_nan(largest, message);
+    }
+    largest = warp_larger_or_nan(largest);
+    if (thread % kWarp == 0) held.tops_alpha[thread / kWarp] = largest;
+    const bool last = t + kStep == end;
+    if (last) __syncthreads();
+    else chunk = ring.arrive(q.arcs(FromEnd ? t : t + 1), 0, 0);
+    middle = largest_of(held.tops_alpha, warps);
+    const bool feasible = middle - middle == 0;
+    goes_on = feasible && !last;
+#pragma unroll 1
+    for (int j = thread; j < N; j += threads) alpha_t[j] = feasible ? held.messages[j] - middle : held.messages[j];
+    if (thread != 0) continue;
+    centre[t] = C;
+    *held.taken += double(C) + double(frame.top_e) + double(frame.top_f) + double(middle);
+  }
+  ring.stop();
+  // Frames that no path reaches.
+  const int64_t from = FromEnd ? end + 1 : t, left = FromEnd ? t - end : end - t;
+  clear(from, left, N, alpha, norm, centre);
+  return walk.frames == q.length ? finish(held, N, q.length, middle) : thread == 0 ? *held.taken : 0;
+}
+
+}  // namespace
+}  // namespace hmm
