@@ -104,8 +104,8 @@ int backward(const hmm_problem *p, const Real *grad, const Real *log_partition, 
   return finish(*p, u, grad, log_partition, alpha, norm, centre, method, state, edge, workspace, stream);
 }
 
-template <class Real> bool valid_step(const hmm_problem *p, int64_t t) {
-  return valid(p) && p->batch > 0 && in_steps<Real>(*p) && t >= 0 && t < p->time;
+template <class Real> bool valid_step(const hmm_problem *p, int64_t step) {
+  return valid(p) && p->batch > 0 && in_steps<Real>(*p) && step >= 0;
 }
 
 }  // namespace
@@ -135,14 +135,14 @@ template <class Real> bool valid_step(const hmm_problem *p, int64_t t) {
   }
 
 #define HMM_DEFINE_STEPS(suffix, Real)                                                                                 \
-  int hmm_cuda_steps_begin_##suffix(const hmm_problem *p, Real *alpha, Real *centre, void *workspace, void *stream) {  \
+  int hmm_cuda_steps_begin_##suffix(const hmm_problem *p, Real *alpha, Real *norm, Real *centre, const Real *product,  \
+                                    Real *message, void *held, void *workspace, void *stream) {                        \
     if (!hmm::valid_step<Real>(p, 0)) return HMM_INVALID_ARGUMENT;                                                     \
-    return hmm::steps_begin(*p, alpha, centre, workspace, stream);                                                     \
+    return hmm::steps_begin(*p, alpha, norm, centre, product, message, held, workspace, stream);                       \
   }                                                                                                                    \
-  int hmm_cuda_steps_forward_##suffix(const hmm_problem *p, int64_t s, const Real *product, Real *message,             \
-                                      Real *alpha, Real *norm, void *workspace, void *stream) {                        \
-    if (!hmm::valid_step<Real>(p, s)) return HMM_INVALID_ARGUMENT;                                                     \
-    return hmm::steps_forward(*p, s, product, message, alpha, norm, workspace, stream);                                \
+  int hmm_cuda_steps_forward_##suffix(const hmm_problem *p, int64_t step, const void *held, void *stream) {            \
+    if (!hmm::valid_step<Real>(p, step)) return HMM_INVALID_ARGUMENT;                                                  \
+    return hmm::steps_forward<Real>(*p, step, held, stream);                                                           \
   }                                                                                                                    \
   int hmm_cuda_steps_end_##suffix(const hmm_problem *p, Real *log_partition, Real *alpha, Real *norm, Real *centre,    \
                                   int32_t *method, void *workspace, void *stream) {                                    \
@@ -150,16 +150,16 @@ template <class Real> bool valid_step(const hmm_problem *p, int64_t t) {
     const int status = hmm::steps_end<Real>(*p, log_partition, alpha, norm, centre, method, workspace, stream);        \
     return status ? status : hmm::redo_forward(*p, false, log_partition, alpha, norm, centre, method, stream);         \
   }                                                                                                                    \
-  int hmm_cuda_steps_back_begin_##suffix(const hmm_problem *p, const Real *alpha, const Real *centre,                  \
-                                         const int32_t *method, Real *message, void *workspace, void *stream) {        \
+  int hmm_cuda_steps_back_begin_##suffix(const hmm_problem *p, const Real *grad, const Real *alpha, const Real *norm,  \
+                                         const Real *centre, const int32_t *method, Real *state, const Real *product,  \
+                                         Real *message, void *held, void *workspace, void *stream) {                   \
     if (!hmm::valid_step<Real>(p, 0)) return HMM_INVALID_ARGUMENT;                                                     \
-    return hmm::steps_back_begin(*p, alpha, centre, method, message, workspace, stream);                               \
+    return hmm::steps_back_begin(*p, grad, alpha, norm, centre, method, state, product, message, held, workspace,      \
+                                 stream);                                                                              \
   }                                                                                                                    \
-  int hmm_cuda_steps_backward_##suffix(const hmm_problem *p, int64_t s, const Real *grad, const Real *product,         \
-                                       Real *message, const Real *alpha, const Real *norm, const int32_t *method,      \
-                                       Real *state, void *workspace, void *stream) {                                   \
-    if (!hmm::valid_step<Real>(p, s)) return HMM_INVALID_ARGUMENT;                                                     \
-    return hmm::steps_backward(*p, s, grad, product, message, alpha, norm, method, state, workspace, stream);          \
+  int hmm_cuda_steps_backward_##suffix(const hmm_problem *p, int64_t step, const void *held, void *stream) {           \
+    if (!hmm::valid_step<Real>(p, step)) return HMM_INVALID_ARGUMENT;                                                  \
+    return hmm::steps_backward<Real>(*p, step, held, stream);                                                          \
   }                                                                                                                    \
   int hmm_cuda_steps_back_end_##suffix(const hmm_problem *p, const Real *grad, const Real *log_partition,              \
                                        const Real *alpha, const Real *norm, const Real *centre, const int32_t *method, \
@@ -183,4 +183,8 @@ HMM_DEFINE_STEPS(f64, double)
 int hmm_cuda_in_steps(const hmm_problem *p, int32_t real_bytes) {
   return hmm::valid(p) && p->batch > 0 && (real_bytes == 4 ? hmm::in_steps<float>(*p) : hmm::in_steps<double>(*p));
 }
+int hmm_cuda_steps_advance(int64_t steps, void *held, void *stream) {
+  return steps < 0 ? HMM_INVALID_ARGUMENT : hmm::steps_advance(steps, held, stream);
+}
+int hmm_cuda_create_stream(void **stream) { return hmm::create_stream(stream); }
 }

@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-#define HMM_ABI_VERSION 4
+#define HMM_ABI_VERSION 5
 #define HMM_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -258,34 +258,39 @@ HMM_API int hmm_cuda_backward_f64(const hmm_problem *, const double *grad, const
  *   forward:  begin; for s = 0 .. S-1: product = message A where s > 0, steps_forward(s); end.
  *   backward: back_begin; for s = 0 .. S-1: product = message A^T where s > 0 or by ends, steps_backward(s); back_end.
  * product, message (B, N); A (N, N) is what the workspace begins with; S = T. Where sharing is HMM_BY_ENDS, in both passes, S =
- * (T+1)/2, and product and message are (2, B, N), of which the second one is multiplied by the other of A and A^T. */
+ * (T+1)/2, and product and message are (2, B, N), of which the second one is multiplied by the other of A and A^T.
+ * held: HMM_CUDA_WALK_BYTES, aligned to 16, which begin and back_begin write and steps read; of the problem, steps look at
+ * batch and sharing alone. So what steps_forward(0) to (K-1) and steps_advance(K) launch, with products before every step,
+ * may be captured once and replayed S / K times, rounded up: a product too many, and steps past S, change nothing. */
+#define HMM_CUDA_WALK_BYTES 512
 HMM_API int hmm_cuda_in_steps(const hmm_problem *, int32_t real_bytes);
-HMM_API int hmm_cuda_steps_begin_f32(const hmm_problem *, float *alpha, float *centre, void *workspace, void *stream);
-HMM_API int hmm_cuda_steps_forward_f32(const hmm_problem *, int64_t s, const float *product, float *message, float *alpha,
-                                       float *norm, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_advance(int64_t steps, void *held, void *stream);
+HMM_API int hmm_cuda_steps_begin_f32(const hmm_problem *, float *alpha, float *norm, float *centre, const float *product,
+                                       float *message, void *held, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_forward_f32(const hmm_problem *, int64_t s, const void *held, void *stream);
 HMM_API int hmm_cuda_steps_end_f32(const hmm_problem *, float *log_partition, float *alpha, float *norm, float *centre,
                                    int32_t *method, void *workspace, void *stream);
-HMM_API int hmm_cuda_steps_back_begin_f32(const hmm_problem *, const float *alpha, const float *centre, const int32_t *method,
-                                          float *message, void *workspace, void *stream);
-HMM_API int hmm_cuda_steps_backward_f32(const hmm_problem *, int64_t s, const float *grad, const float *product,
-                                        float *message, const float *alpha, const float *norm, const int32_t *method,
-                                        float *state, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_back_begin_f32(const hmm_problem *, const float *grad, const float *alpha, const float *norm,
+                                          const float *centre, const int32_t *method, float *state, const float *product,
+                                          float *message, void *held, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_backward_f32(const hmm_problem *, int64_t s, const void *held, void *stream);
 HMM_API int hmm_cuda_steps_back_end_f32(const hmm_problem *, const float *grad, const float *log_partition,
                                         const float *alpha, const float *norm, const float *centre, const int32_t *method,
                                         float *state, float *edge, void *workspace, void *stream);
-HMM_API int hmm_cuda_steps_begin_f64(const hmm_problem *, double *alpha, double *centre, void *workspace, void *stream);
-HMM_API int hmm_cuda_steps_forward_f64(const hmm_problem *, int64_t s, const double *product, double *message, double *alpha,
-                                       double *norm, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_begin_f64(const hmm_problem *, double *alpha, double *norm, double *centre, const double *product,
+                                       double *message, void *held, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_forward_f64(const hmm_problem *, int64_t s, const void *held, void *stream);
 HMM_API int hmm_cuda_steps_end_f64(const hmm_problem *, double *log_partition, double *alpha, double *norm, double *centre,
                                    int32_t *method, void *workspace, void *stream);
-HMM_API int hmm_cuda_steps_back_begin_f64(const hmm_problem *, const double *alpha, const double *centre, const int32_t *method,
-                                          double *message, void *workspace, void *stream);
-HMM_API int hmm_cuda_steps_backward_f64(const hmm_problem *, int64_t s, const double *grad, const double *product,
-                                        double *message, const double *alpha, const double *norm, const int32_t *method,
-                                        double *state, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_back_begin_f64(const hmm_problem *, const double *grad, const double *alpha, const double *norm,
+                                          const double *centre, const int32_t *method, double *state, const double *product,
+                                          double *message, void *held, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_backward_f64(const hmm_problem *, int64_t s, const void *held, void *stream);
 HMM_API int hmm_cuda_steps_back_end_f64(const hmm_problem *, const double *grad, const double *log_partition,
                                         const double *alpha, const double *norm, const double *centre, const int32_t *method,
                                         double *state, double *edge, void *workspace, void *stream);
+/* A stream of the current device, for captures, that lives as long as the process. */
+HMM_API int hmm_cuda_create_stream(void **stream);
 /* delta (B, 2, N), pointers (B, T, N): workspace. */
 HMM_API int hmm_cuda_viterbi_f32(const hmm_problem *, float *score, float *delta, int16_t *pointers, int64_t *states, void *stream);
 HMM_API int hmm_cuda_viterbi_f64(const hmm_problem *, double *score, double *delta, int16_t *pointers, int64_t *states, void *stream);

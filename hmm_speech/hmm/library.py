@@ -18,10 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 REDONE = 1  # HMM_REDONE
 BY_SEQUENCES, BY_ENDS, BY_STEPS = 0, 1, 2  # enum hmm_sharing
 CUDA_MOST_STATES, CUDA_MOST_STATES_VARYING = 8192, 4096  # HMM_CUDA_MOST_STATES, and with a time axis
+CUDA_WALK_BYTES = 512  # HMM_CUDA_WALK_BYTES
 CUDA_KERNELS = frozenset({"forward", "backward", "viterbi", "sample"})  # of dense chains, on a GPU
 REBUILD = "rebuild it with `pip install -e .` (or `pip install .`) in the clone; it needs a C++20 compiler"
 _SUFFIX = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
@@ -146,9 +147,9 @@ def declare_cuda(handle: ctypes.CDLL) -> ctypes.CDLL:
     """`handle`, with the types of hmm_cuda_* of csrc/include/hmm_speech.h; each ends with a stream."""
     pointer, problem = ctypes.c_void_p, ctypes.POINTER(Problem)
     counts = {"forward": 7, "backward": 10, "viterbi": 5}
-    counts |= {"steps_begin": 4, "steps_end": 7, "steps_back_begin": 6, "steps_back_end": 10}
+    counts |= {"steps_begin": 8, "steps_end": 7, "steps_back_begin": 11, "steps_back_end": 10}
     declared = {name: [problem] + [pointer] * count for name, count in counts.items()}
-    for name, count in {"sample": 7, "steps_forward": 6, "steps_backward": 9}.items():
+    for name, count in {"sample": 7, "steps_forward": 2, "steps_backward": 2}.items():
         declared[name] = [problem, ctypes.c_int64] + [pointer] * count
     for name, types in declared.items():
         for suffix in ("f32", "f64"):
@@ -156,6 +157,8 @@ def declare_cuda(handle: ctypes.CDLL) -> ctypes.CDLL:
     handle.hmm_cuda_workspace.argtypes = [problem, ctypes.c_int32, ctypes.c_int32]
     handle.hmm_cuda_workspace.restype = ctypes.c_int64
     handle.hmm_cuda_in_steps.argtypes = [problem, ctypes.c_int32]
+    handle.hmm_cuda_steps_advance.argtypes = [ctypes.c_int64, pointer, pointer]
+    handle.hmm_cuda_create_stream.argtypes = [ctypes.POINTER(pointer)]
     return handle
 
 

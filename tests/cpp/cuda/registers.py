@@ -141,7 +141,7 @@ def shared_memory(folder: Path) -> dict[str, int]:
     said = subprocess.run(["nm", "-C", made], capture_output=True, text=True, check=True).stdout
     names = {}
     for line in said.splitlines():
-        if "_kernel<" in line:
+        if re.search(r"_kernel[<(]", line):
             place, _, name = line.split(" ", 2)
             plain = name.replace("hmm::", "").replace("(anonymous namespace)::", "").removeprefix("void ")
             names[int(place, 16)] = plain.split("(")[0]
