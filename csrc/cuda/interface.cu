@@ -108,6 +108,16 @@ template <class Real> bool valid_step(const hmm_problem *p, int64_t step) {
   return valid(p) && p->batch > 0 && in_steps<Real>(*p) && step >= 0;
 }
 
+bool valid(const hmm_cuda_low_rank *p) {
+  return p && p->chain.batch > 0 && p->chain.time > 0 && p->chain.states > 0 && p->rank > 0 &&
+         p->chain.batch * p->chain.time <= int64_t(0x7fffffff) * 8;
+}
+bool valid_pass(const hmm_cuda_low_rank *p) {
+  const hmm_problem *c = p ? &p->chain : nullptr;
+  return valid(p) && c->initial && c->transition && c->emission && c->lengths && p->scores && p->shift && p->top &&
+         p->demands;
+}
+
 }  // namespace
 }  // namespace hmm
 
@@ -169,6 +179,41 @@ template <class Real> bool valid_step(const hmm_problem *p, int64_t step) {
                        alpha, norm, centre, method, state, edge, workspace, stream);                                   \
   }
 
+#define HMM_DEFINE_LOW_RANK(suffix, Real)                                                                              \
+  int hmm_cuda_low_rank_begin_##suffix(const hmm_cuda_low_rank *p, Real *alpha, Real *half, const Real *between,       \
+                                       const Real *product, Real *message, void *held, void *workspace,                \
+                                       void *stream) {                                                                 \
+    if (!hmm::valid_pass(p)) return HMM_INVALID_ARGUMENT;                                                              \
+    return hmm::low_rank_begin(*p, alpha, half, between, product, message, held, workspace, stream);                   \
+  }                                                                                                                    \
+  int hmm_cuda_low_rank_forward_##suffix(const hmm_cuda_low_rank *p, int64_t step, const void *held, void *stream) {   \
+    if (!hmm::valid(p) || step < 0) return HMM_INVALID_ARGUMENT;                                                       \
+    return hmm::low_rank_forward<Real>(*p, step, held, stream);                                                        \
+  }                                                                                                                    \
+  int hmm_cuda_low_rank_end_##suffix(const hmm_cuda_low_rank *p, Real *log_partition, Real *alpha, Real *half,         \
+                                     int32_t *method, void *workspace, void *stream) {                                 \
+    if (!hmm::valid_pass(p)) return HMM_INVALID_ARGUMENT;                                                              \
+    return hmm::low_rank_end(*p, log_partition, alpha, half, method, workspace, stream);                               \
+  }                                                                                                                    \
+  int hmm_cuda_low_rank_back_begin_##suffix(const hmm_cuda_low_rank *p, const Real *grad, const Real *alpha,           \
+                                            const int32_t *method, Real *state, Real *classes, Real *leaving,          \
+                                            const Real *between, const Real *product, Real *message, void *held,       \
+                                            void *workspace, void *stream) {                                           \
+    if (!hmm::valid_pass(p)) return HMM_INVALID_ARGUMENT;                                                              \
+    return hmm::low_rank_back_begin(*p, grad, alpha, method, state, classes, leaving, between, product, message, held, \
+                                    workspace, stream);                                                                \
+  }                                                                                                                    \
+  int hmm_cuda_low_rank_backward_##suffix(const hmm_cuda_low_rank *p, int64_t step, const void *held, void *stream) {  \
+    if (!hmm::valid(p) || step < 0) return HMM_INVALID_ARGUMENT;                                                       \
+    return hmm::low_rank_backward<Real>(*p, step, held, stream);                                                       \
+  }                                                                                                                    \
+  int hmm_cuda_low_rank_back_end_##suffix(const hmm_cuda_low_rank *p, const Real *grad, const Real *log_partition,     \
+                                          const int32_t *method, Real *state, Real *edge, Real *classes,               \
+                                          Real *leaving, void *workspace, void *stream) {                              \
+    if (!hmm::valid_pass(p)) return HMM_INVALID_ARGUMENT;                                                              \
+    return hmm::low_rank_back_end(*p, grad, log_partition, method, state, edge, classes, leaving, workspace, stream);  \
+  }
+
 extern "C" {
 int64_t hmm_cuda_workspace(const hmm_problem *p, int32_t real_bytes, int32_t pass) {
   if (!hmm::valid(p) || (real_bytes != 4 && real_bytes != 8)) return -1;
@@ -180,6 +225,14 @@ HMM_DEFINE(f32, float)
 HMM_DEFINE(f64, double)
 HMM_DEFINE_STEPS(f32, float)
 HMM_DEFINE_STEPS(f64, double)
+HMM_DEFINE_LOW_RANK(f32, float)
+HMM_DEFINE_LOW_RANK(f64, double)
+int64_t hmm_cuda_low_rank_workspace(const hmm_cuda_low_rank *p, int32_t real_bytes, int32_t pass) {
+  if (!hmm::valid(p) || (real_bytes != 4 && real_bytes != 8)) return -1;
+  const bool backward = pass == HMM_CUDA_BACKWARD;
+  return int64_t(real_bytes == 4 ? hmm::low_rank_workspace<float>(*p, backward)
+                                 : hmm::low_rank_workspace<double>(*p, backward));
+}
 int hmm_cuda_in_steps(const hmm_problem *p, int32_t real_bytes) {
   return hmm::valid(p) && p->batch > 0 && (real_bytes == 4 ? hmm::in_steps<float>(*p) : hmm::in_steps<double>(*p));
 }

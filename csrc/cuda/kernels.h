@@ -93,6 +93,30 @@ int steps_back_begin(const hmm_problem &p, const Real *grad, const Real *alpha, 
 template <class Real> int steps_backward(const hmm_problem &p, int64_t step, const void *held, void *stream);
 int steps_advance(int64_t steps, void *held, void *stream);  // `first` of any walk
 
+// Chains through two factors (low_rank.cu): the same with products through R classes. between: (B, R), product and
+// message: (B, N). `end` and `back_end` launch what is done again in log space (low_rank_redo.cu).
+template <class Real> size_t low_rank_workspace(const hmm_cuda_low_rank &p, bool backward);
+template <class Real>
+int low_rank_begin(const hmm_cuda_low_rank &p, Real *alpha, Real *half, const Real *between, const Real *product,
+                   Real *message, void *held, void *workspace, void *stream);
+template <class Real>
+int low_rank_forward(const hmm_cuda_low_rank &p, int64_t step, const void *held, void *stream);
+template <class Real>
+int low_rank_end(const hmm_cuda_low_rank &p, Real *log_partition, Real *alpha, Real *half, int32_t *method,
+                 void *workspace, void *stream);
+template <class Real>
+int low_rank_redo(const hmm_cuda_low_rank &p, Real *log_partition, const int32_t *method, void *workspace,
+                  void *stream);
+template <class Real>
+int low_rank_back_begin(const hmm_cuda_low_rank &p, const Real *grad, const Real *alpha, const int32_t *method,
+                        Real *state, Real *classes, Real *leaving, const Real *between, const Real *product,
+                        Real *message, void *held, void *workspace, void *stream);
+template <class Real>
+int low_rank_backward(const hmm_cuda_low_rank &p, int64_t step, const void *held, void *stream);
+template <class Real>
+int low_rank_back_end(const hmm_cuda_low_rank &p, const Real *grad, const Real *log_partition, const int32_t *method,
+                      Real *state, Real *edge, Real *classes, Real *leaving, void *workspace, void *stream);
+
 template <class Real>
 int viterbi(const hmm_problem &p, Real *score, Real *delta, int16_t *pointers, int64_t *states, void *stream);
 

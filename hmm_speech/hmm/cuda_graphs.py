@@ -1,9 +1,9 @@
 """Walks through time that go a step at a time: matrix products by torch, each followed by a kernel of csrc/cuda.
 
 A step is launched from Python, which takes some 7 us a launch; the GPU is often done in half of that. So steps are
-captured, :data:`STEPS` of them, in a CUDA graph, which is launched as one and again until a pass is through, over any T:
-what changes from pass to pass is read in device memory, in buffers of the graph's own (csrc/cuda/walked.h), and steps
-past the end do nothing. A graph is for one number of sequences and states in one direction.
+captured, :data:`STEPS` of them, in a CUDA graph, which is launched as one and again until a pass is through, over any
+T: what changes from pass to pass is read in device memory, in buffers of the graph's own (csrc/cuda/walked.h), and
+steps past the end do nothing. A graph is for one number of sequences and states in one direction.
 
 What is worth a graph. Capturing takes about a millisecond, which some 200 steps make good: so a shape is captured when
 it comes for the second time, as those of a training do; the first time, step by step, also lets cuBLAS choose and load
@@ -28,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import itertools
 import os
 import threading
 import warnings
@@ -46,8 +47,8 @@ _MOST_BYTES = 64 << 20
 
 
 class Walk:
-    """What a pass works in: `held` for the kernels (csrc/cuda/walked.h), and messages (groups, rows, width), one of each
-    width, of which each is the one before times a matrix (groups, width before, width)."""
+    """What a pass works in: `held` for the kernels (csrc/cuda/walked.h), and messages (groups, rows, width), one of
+    each width, of which each is the one before times a matrix (groups, width before, width)."""
 
     def __init__(self, call, name: str, groups: int, rows: int, widths: tuple[int, ...]):
         self.name = name
@@ -138,7 +139,7 @@ def on_default_stream(device: torch.device) -> bool:
 
 def _graphed(call, name: str, groups: int, rows: int, widths: tuple[int, ...], steps: int) -> Captured | None:
     """The graph for a shape, if it is to have one."""
-    matrices = sum(x * y for x, y in zip(widths, widths[1:], strict=False)) * groups * call.dtype.itemsize
+    matrices = sum(x * y for x, y in itertools.pairwise(widths)) * groups * call.dtype.itemsize
     if steps <= STEPS // 2 or matrices > _MOST_BYTES or _failed or not on_default_stream(call.device):
         return None
     if os.environ.get("HMM_SPEECH_CUDA_GRAPHS") == "0":

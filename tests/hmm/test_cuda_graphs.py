@@ -1,4 +1,4 @@
-"""CUDA graphs of steps (hmm_speech/hmm/cuda_graphs.py), with a stand-in for torch's that puts calls off and repeats them.
+"""CUDA graphs of steps (hmm_speech/hmm/cuda_graphs.py), with a stand-in for torch's that repeats calls.
 
 What is launched is executed on the CPU, by tests/cpp/cuda/on_cpu.h; no graph was ever captured on a GPU here."""
 
@@ -45,12 +45,12 @@ class Device:
 
     @staticmethod
     def launched(problem):
-        """Steps may look at the batch, the number of states and how it is shared, and at nothing that has an address."""
+        """Steps may look at the batch, the number of states and how it is shared, at nothing that has an address."""
         chain = getattr(problem, "chain", problem)
         kept = {name: getattr(chain, name) for name in ("batch", "states", "sharing", "transition_batch_stride")}
         nowhere = dict.fromkeys(("initial", "transition", "emission", "lengths", "final"), 8)
-        chain = library.Problem(time=1, **kept, **nowhere)
-        return chain if chain is problem or not hasattr(problem, "rank") else type(problem)(chain=chain, rank=problem.rank)
+        steps = library.Problem(time=1, **kept, **nowhere)
+        return steps if chain is problem else library.CudaLowRankProblem(chain=steps, rank=problem.rank)
 
     @staticmethod
     def check(status):
@@ -117,7 +117,8 @@ def dense(time, states=97, dtype=torch.float64, seed=1, batch=3, **options):
 
 def passes(arguments, grad=None):
     """All that a forward and a backward pass write, but for what no one reads."""
-    grad = torch.linspace(-1, 1.5, len(arguments["lengths"]), dtype=arguments["emission"].dtype) if grad is None else grad
+    if grad is None:
+        grad = torch.linspace(-1, 1.5, len(arguments["lengths"]), dtype=arguments["emission"].dtype)
     messages = cuda.forward(*arguments.values())
     state, edge = cuda.backward(grad, *arguments.values(), *messages, True)
     inside = torch.arange(state.shape[1]) < arguments["lengths"][:, None]
