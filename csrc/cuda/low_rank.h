@@ -1,5 +1,7 @@
 // What the kernels of chains through two factors share (low_rank.cu, low_rank_redo.cu).
 #pragma once
+#include <type_traits>
+
 #include "redo.h"
 #include "scaled.h"
 

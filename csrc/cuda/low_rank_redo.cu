@@ -160,9 +160,7 @@ __device__ __forceinline__ void lost_backward(const LostSequence<Real> &x, const
       all = warp_sum(all);
       if (lane == 0) g[r] = all, x.classes[r] = all == 0 ? never : u;
     }
-#if HMM_MUTATION != 32
     __syncthreads();
-#endif
     sum = 0;
 #pragma unroll 1
     for (int i = threadIdx.x; i < N; i += kThreads) {
@@ -229,7 +227,7 @@ __global__ void __launch_bounds__(kCountThreads)
     const double score = double(static_cast<const Real *>(p.scores)[b * p.chain.transition_batch_stride + k]);
 #pragma unroll 1
     for (int64_t t = 1; t < q.length; t++) {
-      const int64_t row = t * N + j, before = row - N, half = t * R + r;
+      const int64_t row = t * N + j, before = row - N - (HMM_MUTATION == 34), half = t * R + r;
       const Real arriving = left ? of.posterior[half] : of.state[row];
       if (arriving == 0) continue;
       const double u = joined(of.half[half], of.half_low[half]);

@@ -82,14 +82,15 @@ class Captured(Walk):
             self.matrices = [torch.empty_like(x) for x in matrices]
         for kept, matrix in zip(self.matrices, matrices, strict=True):
             kept.copy_(matrix)
-        self.graph = self.graph or self.capture(call)
+        self.graph = self.graph or self.capture(call, run)
         if self.graph is None:
             return super().take(call, run, self.matrices, steps, multiply_first)
         for _ in range(0, steps, STEPS):
             self.graph.replay()
 
-    def capture(self, call):
+    def capture(self, call, run_now):
         """The graph; None where that failed, with a warning, and no other is tried."""
+        run_now("steps_advance", 0, self.held)  # does nothing, but no kernel should be loaded within a capture
         graph = torch.cuda.CUDAGraph()
         try:
             stream, pool = _place_of_captures(call.device.index)
@@ -158,10 +159,13 @@ def _graphed(call, name: str, groups: int, rows: int, widths: tuple[int, ...], s
 
 @contextlib.contextmanager
 def walk(call, name: str, groups: int, rows: int, widths: tuple[int, ...], steps: int) -> Iterator[Walk]:
-    """Buffers for a pass of so many steps, by a graph or not; within the context, no one else uses them."""
-    found = _graphed(call, name, groups, rows, widths, steps)
-    if found is None:
-        yield Walk(call, name, groups, rows, widths)
-        return
-    with found.lock:
-        yield found
+    """Buffers for a pass of so many steps, by a graph or not; within the context, no one else uses them.
+
+    They are ordinary tensors, whatever mode the pass runs in: a graph's are used in others later."""
+    with torch.inference_mode(False), torch.no_grad():
+        found = _graphed(call, name, groups, rows, widths, steps)
+        if found is None:
+            yield Walk(call, name, groups, rows, widths)
+            return
+        with found.lock:
+            yield found

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hmm_speech.hmm import cuda, cuda_graphs, library
+from hmm_speech.hmm import cuda, cuda_graphs, library, low_rank_cuda, low_rank_ops
 from tests.hmm.problems import INF, problem
+from tests.hmm.test_low_rank import low_rank
 
 
 class NothingElse(TorchDispatchMode):
@@ -152,6 +153,34 @@ def test_replays_give_what_steps_give(device, monkeypatch, both_ends):
     assert len(device.graphs) == 2  # forward and backward, captured at the second call
 
 
+@pytest.mark.parametrize("kind", ["shared", "per-sequence"])
+def test_products_through_two_factors(device, monkeypatch, kind):
+    """Low-rank transitions: two products a step, one after the other."""
+    for k, (time, states) in enumerate(((20, 9), (33, 9), (20, 7), (9, 9), (40, 7), (20, 9))):
+        arguments = low_rank(4, time, states, 3, kind, time, forbidden=0.3)
+        arguments["lengths"] = torch.tensor([time, 0, 1, time - 2])
+        arguments["emission"][3] *= 500 if k % 2 else 1
+        transition = arguments.pop("transition")
+        factors = torch.cat([transition.left.mT, transition.right], -2)
+        scores = (arguments["initial"], factors, *(arguments[name] for name in ("emission", "lengths", "final")))
+        made = low_rank_ops.Factors(factors, time)
+
+        def found(made=made, scores=scores):
+            log_partition, alpha, half, method = low_rank_cuda.forward(made, *scores)
+            edge, grad, kept = torch.zeros_like(scores[1]), torch.tensor([1.0, 2.0, 0.0, -1.0]), []
+            count = lambda classes, leaving: kept.extend((classes.clone(), leaving.clone()))  # noqa: E731
+            state = low_rank_cuda.backward(made, grad, *scores, log_partition, alpha, method, edge, count)
+            return [log_partition, alpha, half, method, edge, state, *kept]
+
+        with monkeypatch.context() as patch:
+            patch.setenv("HMM_SPEECH_CUDA_GRAPHS", "0")
+            expected = found()
+        before = device.replays
+        assert same(found(), expected)
+        assert device.replays - before == (0 if k in (0, 2) else 2 * -(-time // cuda_graphs.STEPS))
+    assert len(device.graphs) == 4
+
+
 def test_shapes_that_alternate_have_graphs_of_their_own(device, monkeypatch):
     shapes = [dense(20), dense(20, batch=2), dense(18, 259, torch.float32, batch=2)]
     expected = [plain(monkeypatch, arguments) for arguments in shapes]
@@ -217,6 +246,15 @@ def test_buffers_of_a_graph_are_one_pass_at_a_time(device):
     with call.walk("forward") as walk:
         assert walk is found and walk.lock.locked()
     assert not found.lock.locked()
+
+
+def test_graphs_captured_in_inference_mode_train_later(device, monkeypatch):
+    arguments = dense(20, batch=2)
+    expected = plain(monkeypatch, arguments)
+    for mode in (True, True, False, True):
+        with torch.inference_mode(mode):
+            assert same(passes({name: x.clone() for name, x in arguments.items()}), expected)
+    assert len(device.graphs) == 2 and device.replays
 
 
 def test_torch_has_what_is_called():
