@@ -113,10 +113,10 @@ NOTICED_BY = {
     23: ("address", "exercise_wide"),  # an index off by one, in what shared memory gets
     24: ("address", "exercise_wide"),  # states that were lost not looked for: redone nowhere
     25: ("thread", "exercise_wide"),  # a barrier removed, where they are looked for
-    31: ("thread", "exercise_low_rank"),  # a barrier removed, in log space
-    32: ("address", "exercise_low_rank"),  # states and classes that were lost not looked for
-    33: ("address", "exercise_steps"),  # a graph's steps miscounted: wrong numbers
-    34: ("address", "exercise_low_rank"),  # an index off by one, in the counts in log space
+    41: ("thread", "exercise_low_rank"),  # a barrier removed, in log space
+    42: ("address", "exercise_low_rank"),  # states and classes that were lost not looked for
+    43: ("address", "exercise_steps"),  # a graph's steps miscounted: wrong numbers
+    44: ("address", "exercise_low_rank"),  # an index off by one, in the counts in log space
 }
 
 

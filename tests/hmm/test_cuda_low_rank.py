@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hmm_speech.hmm import HMM, LowRank, library, low_rank_cuda, low_rank_ops, low_rank_sweeps
 from tests.hmm.problems import INF
@@ -13,19 +14,25 @@ from tests.hmm.test_low_rank import KINDS, compare, low_rank, mapped, solve
 REDONE = library.REDONE
 
 
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would wait for a GPU: numbers that Python, or the shape of a result, would have to know."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function._schema.name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal"), function
+        return function(*args, **kwargs or {})
+
+
 @pytest.fixture(autouse=True)
 def on_gpu(on_cpu, monkeypatch):
-    """Tensors of a CPU go where those of a GPU would; and nothing there may wait for one."""
+    """Tensors of a CPU go where those of a GPU would."""
 
-    def wait(*_):
-        raise AssertionError("this would wait for the GPU")
+    def elsewhere(*_):
+        raise AssertionError("not on a GPU")
 
     monkeypatch.setattr(low_rank_ops, "_on_gpu", lambda emission: True)
-    for name in ("least", "mixing", "wide"):
-        monkeypatch.setattr(low_rank_ops.Factors, name, property(wait))
     for name in ("forward", "backward"):
-        monkeypatch.setattr(low_rank_sweeps, name, wait)
-    monkeypatch.setattr(low_rank_ops.low_rank_redo, "Sequence", wait)
+        monkeypatch.setattr(low_rank_sweeps, name, elsewhere)
+    monkeypatch.setattr(low_rank_ops.low_rank_redo, "Sequence", elsewhere)
 
 
 def scores_of(arguments):
@@ -50,6 +57,16 @@ def test_against_dense_chains(kind, states, rank, dtype):
 @pytest.mark.parametrize("states, rank", [(127, 127), (211, 5), (300, 64), (293, 293)])
 def test_many_states(states, rank):
     compare(low_rank(3, 4, states, rank, "shared" if rank > 5 else "per-sequence", 2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_waits_for_the_gpu(kind):
+    scores = scores_of(far_apart(kind))
+    with NoWaiting():
+        messages = low_rank_ops._forward(*scores)
+        low_rank_ops._backward(torch.ones(5), *scores, *messages, True)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
+        assert low_rank_ops.Factors(scores[1], 12).wide
 
 
 def far_apart(kind, dtype=torch.float32, **options):
