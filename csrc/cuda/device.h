@@ -81,6 +81,14 @@ inline int fill_zeros(void *data, size_t bytes, void *stream) {
   return error ? HMM_CUDA_ERROR + int(error) : HMM_OK;
 }
 
+// A stream of the current device that no other waits for.
+inline int create_stream(void **stream) {
+  cudaStream_t made = nullptr;
+  const cudaError_t error = cudaStreamCreateWithFlags(&made, cudaStreamNonBlocking);
+  *stream = made;
+  return error ? HMM_CUDA_ERROR + int(error) : HMM_OK;
+}
+
 // Starts a kernel on a stream; returns HMM_OK or HMM_CUDA_ERROR + the CUDA error code.
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, void *stream,

@@ -104,8 +104,18 @@ int backward(const hmm_problem *p, const Real *grad, const Real *log_partition, 
   return finish(*p, u, grad, log_partition, alpha, norm, centre, method, state, edge, workspace, stream);
 }
 
-template <class Real> bool valid_step(const hmm_problem *p, int64_t t) {
-  return valid(p) && p->batch > 0 && in_steps<Real>(*p) && t >= 0 && t < p->time;
+template <class Real> bool valid_step(const hmm_problem *p, int64_t step) {
+  return valid(p) && p->batch > 0 && in_steps<Real>(*p) && step >= 0;
+}
+
+bool valid(const hmm_cuda_low_rank *p) {
+  return p && p->chain.batch > 0 && p->chain.time > 0 && p->chain.states > 0 && p->rank > 0 &&
+         p->chain.batch * p->chain.time <= int64_t(0x7fffffff) * 8;
+}
+bool valid_pass(const hmm_cuda_low_rank *p) {
+  const hmm_problem *c = p ? &p->chain : nullptr;
+  return valid(p) && c->initial && c->transition && c->emission && c->lengths && p->scores && p->shift && p->top &&
+         p->demands;
 }
 
 }  // namespace
@@ -135,14 +145,14 @@ template <class Real> bool valid_step(const hmm_problem *p, int64_t t) {
   }
 
 #define HMM_DEFINE_STEPS(suffix, Real)                                                                                 \
-  int hmm_cuda_steps_begin_##suffix(const hmm_problem *p, Real *alpha, Real *centre, void *workspace, void *stream) {  \
+  int hmm_cuda_steps_begin_##suffix(const hmm_problem *p, Real *alpha, Real *norm, Real *centre, const Real *product,  \
+                                    Real *message, void *held, void *workspace, void *stream) {                        \
     if (!hmm::valid_step<Real>(p, 0)) return HMM_INVALID_ARGUMENT;                                                     \
-    return hmm::steps_begin(*p, alpha, centre, workspace, stream);                                                     \
+    return hmm::steps_begin(*p, alpha, norm, centre, product, message, held, workspace, stream);                       \
   }                                                                                                                    \
-  int hmm_cuda_steps_forward_##suffix(const hmm_problem *p, int64_t s, const Real *product, Real *message,             \
-                                      Real *alpha, Real *norm, void *workspace, void *stream) {                        \
-    if (!hmm::valid_step<Real>(p, s)) return HMM_INVALID_ARGUMENT;                                                     \
-    return hmm::steps_forward(*p, s, product, message, alpha, norm, workspace, stream);                                \
+  int hmm_cuda_steps_forward_##suffix(const hmm_problem *p, int64_t step, const void *held, void *stream) {            \
+    if (!hmm::valid_step<Real>(p, step)) return HMM_INVALID_ARGUMENT;                                                  \
+    return hmm::steps_forward<Real>(*p, step, held, stream);                                                           \
   }                                                                                                                    \
   int hmm_cuda_steps_end_##suffix(const hmm_problem *p, Real *log_partition, Real *alpha, Real *norm, Real *centre,    \
                                   int32_t *method, void *workspace, void *stream) {                                    \
@@ -150,16 +160,16 @@ template <class Real> bool valid_step(const hmm_problem *p, int64_t t) {
     const int status = hmm::steps_end<Real>(*p, log_partition, alpha, norm, centre, method, workspace, stream);        \
     return status ? status : hmm::redo_forward(*p, false, log_partition, alpha, norm, centre, method, stream);         \
   }                                                                                                                    \
-  int hmm_cuda_steps_back_begin_##suffix(const hmm_problem *p, const Real *alpha, const Real *centre,                  \
-                                         const int32_t *method, Real *message, void *workspace, void *stream) {        \
+  int hmm_cuda_steps_back_begin_##suffix(const hmm_problem *p, const Real *grad, const Real *alpha, const Real *norm,  \
+                                         const Real *centre, const int32_t *method, Real *state, const Real *product,  \
+                                         Real *message, void *held, void *workspace, void *stream) {                   \
     if (!hmm::valid_step<Real>(p, 0)) return HMM_INVALID_ARGUMENT;                                                     \
-    return hmm::steps_back_begin(*p, alpha, centre, method, message, workspace, stream);                               \
+    return hmm::steps_back_begin(*p, grad, alpha, norm, centre, method, state, product, message, held, workspace,      \
+                                 stream);                                                                              \
   }                                                                                                                    \
-  int hmm_cuda_steps_backward_##suffix(const hmm_problem *p, int64_t s, const Real *grad, const Real *product,         \
-                                       Real *message, const Real *alpha, const Real *norm, const int32_t *method,      \
-                                       Real *state, void *workspace, void *stream) {                                   \
-    if (!hmm::valid_step<Real>(p, s)) return HMM_INVALID_ARGUMENT;                                                     \
-    return hmm::steps_backward(*p, s, grad, product, message, alpha, norm, method, state, workspace, stream);          \
+  int hmm_cuda_steps_backward_##suffix(const hmm_problem *p, int64_t step, const void *held, void *stream) {           \
+    if (!hmm::valid_step<Real>(p, step)) return HMM_INVALID_ARGUMENT;                                                  \
+    return hmm::steps_backward<Real>(*p, step, held, stream);                                                          \
   }                                                                                                                    \
   int hmm_cuda_steps_back_end_##suffix(const hmm_problem *p, const Real *grad, const Real *log_partition,              \
                                        const Real *alpha, const Real *norm, const Real *centre, const int32_t *method, \
@@ -167,6 +177,41 @@ template <class Real> bool valid_step(const hmm_problem *p, int64_t t) {
     if (!hmm::valid_step<Real>(p, 0)) return HMM_INVALID_ARGUMENT;                                                     \
     return hmm::finish(*p, static_cast<const Real *>(hmm::steps_messages<Real>(*p, workspace)), grad, log_partition,   \
                        alpha, norm, centre, method, state, edge, workspace, stream);                                   \
+  }
+
+#define HMM_DEFINE_LOW_RANK(suffix, Real)                                                                              \
+  int hmm_cuda_low_rank_begin_##suffix(const hmm_cuda_low_rank *p, Real *alpha, Real *half, const Real *between,       \
+                                       const Real *product, Real *message, void *held, void *workspace,                \
+                                       void *stream) {                                                                 \
+    if (!hmm::valid_pass(p)) return HMM_INVALID_ARGUMENT;                                                              \
+    return hmm::low_rank_begin(*p, alpha, half, between, product, message, held, workspace, stream);                   \
+  }                                                                                                                    \
+  int hmm_cuda_low_rank_forward_##suffix(const hmm_cuda_low_rank *p, int64_t step, const void *held, void *stream) {   \
+    if (!hmm::valid(p) || step < 0) return HMM_INVALID_ARGUMENT;                                                       \
+    return hmm::low_rank_forward<Real>(*p, step, held, stream);                                                        \
+  }                                                                                                                    \
+  int hmm_cuda_low_rank_end_##suffix(const hmm_cuda_low_rank *p, Real *log_partition, Real *alpha, Real *half,         \
+                                     int32_t *method, void *workspace, void *stream) {                                 \
+    if (!hmm::valid_pass(p)) return HMM_INVALID_ARGUMENT;                                                              \
+    return hmm::low_rank_end(*p, log_partition, alpha, half, method, workspace, stream);                               \
+  }                                                                                                                    \
+  int hmm_cuda_low_rank_back_begin_##suffix(const hmm_cuda_low_rank *p, const Real *grad, const Real *alpha,           \
+                                            const int32_t *method, Real *state, Real *classes, Real *leaving,          \
+                                            const Real *between, const Real *product, Real *message, void *held,       \
+                                            void *workspace, void *stream) {                                           \
+    if (!hmm::valid_pass(p)) return HMM_INVALID_ARGUMENT;                                                              \
+    return hmm::low_rank_back_begin(*p, grad, alpha, method, state, classes, leaving, between, product, message, held, \
+                                    workspace, stream);                                                                \
+  }                                                                                                                    \
+  int hmm_cuda_low_rank_backward_##suffix(const hmm_cuda_low_rank *p, int64_t step, const void *held, void *stream) {  \
+    if (!hmm::valid(p) || step < 0) return HMM_INVALID_ARGUMENT;                                                       \
+    return hmm::low_rank_backward<Real>(*p, step, held, stream);                                                       \
+  }                                                                                                                    \
+  int hmm_cuda_low_rank_back_end_##suffix(const hmm_cuda_low_rank *p, const Real *grad, const Real *log_partition,     \
+                                          const int32_t *method, Real *state, Real *edge, Real *classes,               \
+                                          Real *leaving, void *workspace, void *stream) {                              \
+    if (!hmm::valid_pass(p)) return HMM_INVALID_ARGUMENT;                                                              \
+    return hmm::low_rank_back_end(*p, grad, log_partition, method, state, edge, classes, leaving, workspace, stream);  \
   }
 
 extern "C" {
@@ -180,7 +225,19 @@ HMM_DEFINE(f32, float)
 HMM_DEFINE(f64, double)
 HMM_DEFINE_STEPS(f32, float)
 HMM_DEFINE_STEPS(f64, double)
+HMM_DEFINE_LOW_RANK(f32, float)
+HMM_DEFINE_LOW_RANK(f64, double)
+int64_t hmm_cuda_low_rank_workspace(const hmm_cuda_low_rank *p, int32_t real_bytes, int32_t pass) {
+  if (!hmm::valid(p) || (real_bytes != 4 && real_bytes != 8)) return -1;
+  const bool backward = pass == HMM_CUDA_BACKWARD;
+  return int64_t(real_bytes == 4 ? hmm::low_rank_workspace<float>(*p, backward)
+                                 : hmm::low_rank_workspace<double>(*p, backward));
+}
 int hmm_cuda_in_steps(const hmm_problem *p, int32_t real_bytes) {
   return hmm::valid(p) && p->batch > 0 && (real_bytes == 4 ? hmm::in_steps<float>(*p) : hmm::in_steps<double>(*p));
 }
+int hmm_cuda_steps_advance(int64_t steps, void *held, void *stream) {
+  return steps < 0 ? HMM_INVALID_ARGUMENT : hmm::steps_advance(steps, held, stream);
+}
+int hmm_cuda_create_stream(void **stream) { return hmm::create_stream(stream); }
 }

@@ -76,23 +76,47 @@ int wide_backward(const hmm_problem &p, void *workspace, float *packed, const fl
                   const float *norm, const int32_t *method, float *w, float *state, void *stream);
 
 // The same a step at a time, between matrix products of the caller's (steps.cu), for one matrix of transitions. product
-// and message: (B, N), where p.sharing is HMM_BY_ENDS (2, B, N); the workspace begins with the arcs, (N, N).
+// and message: (B, N), where p.sharing is HMM_BY_ENDS (2, B, N); the workspace begins with the arcs, (N, N). held
+// (walked.h): steps read it, and of p the batch and sharing alone.
 template <class Real> size_t steps_workspace(const hmm_problem &p, bool backward);
 template <class Real> Real *steps_messages(const hmm_problem &p, void *workspace);
-template <class Real> int steps_begin(const hmm_problem &p, Real *alpha, Real *centre, void *workspace, void *stream);
 template <class Real>
-int steps_forward(const hmm_problem &p, int64_t s, const Real *product, Real *message, Real *alpha, Real *norm,
-                  void *workspace, void *stream);
+int steps_begin(const hmm_problem &p, Real *alpha, Real *norm, Real *centre, const Real *product, Real *message,
+                void *held, void *workspace, void *stream);
+template <class Real> int steps_forward(const hmm_problem &p, int64_t step, const void *held, void *stream);
 template <class Real>
 int steps_end(const hmm_problem &p, Real *log_partition, const Real *alpha, Real *norm, const Real *centre,
               int32_t *method, void *workspace, void *stream);
 template <class Real>
-int steps_back_begin(const hmm_problem &p, const Real *alpha, const Real *centre, const int32_t *method, Real *message,
+int steps_back_begin(const hmm_problem &p, const Real *grad, const Real *alpha, const Real *norm, const Real *centre,
+                     const int32_t *method, Real *state, const Real *product, Real *message, void *held,
                      void *workspace, void *stream);
+template <class Real> int steps_backward(const hmm_problem &p, int64_t step, const void *held, void *stream);
+int steps_advance(int64_t steps, void *held, void *stream);  // `first` of any walk
+
+// Chains through two factors (low_rank.cu): the same with products through R classes. between: (B, R), product and
+// message: (B, N). `end` and `back_end` launch what is done again in log space (low_rank_redo.cu).
+template <class Real> size_t low_rank_workspace(const hmm_cuda_low_rank &p, bool backward);
 template <class Real>
-int steps_backward(const hmm_problem &p, int64_t s, const Real *grad, const Real *product, Real *message,
-                   const Real *alpha, const Real *norm, const int32_t *method, Real *state, void *workspace,
-                   void *stream);
+int low_rank_begin(const hmm_cuda_low_rank &p, Real *alpha, Real *half, const Real *between, const Real *product,
+                   Real *message, void *held, void *workspace, void *stream);
+template <class Real>
+int low_rank_forward(const hmm_cuda_low_rank &p, int64_t step, const void *held, void *stream);
+template <class Real>
+int low_rank_end(const hmm_cuda_low_rank &p, Real *log_partition, Real *alpha, Real *half, int32_t *method,
+                 void *workspace, void *stream);
+template <class Real>
+int low_rank_redo(const hmm_cuda_low_rank &p, Real *log_partition, const int32_t *method, void *workspace,
+                  void *stream);
+template <class Real>
+int low_rank_back_begin(const hmm_cuda_low_rank &p, const Real *grad, const Real *alpha, const int32_t *method,
+                        Real *state, Real *classes, Real *leaving, const Real *between, const Real *product,
+                        Real *message, void *held, void *workspace, void *stream);
+template <class Real>
+int low_rank_backward(const hmm_cuda_low_rank &p, int64_t step, const void *held, void *stream);
+template <class Real>
+int low_rank_back_end(const hmm_cuda_low_rank &p, const Real *grad, const Real *log_partition, const int32_t *method,
+                      Real *state, Real *edge, Real *classes, Real *leaving, void *workspace, void *stream);
 
 template <class Real>
 int viterbi(const hmm_problem &p, Real *score, Real *delta, int16_t *pointers, int64_t *states, void *stream);

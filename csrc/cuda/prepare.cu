@@ -72,44 +72,13 @@ template <class Real> __global__ void __launch_bounds__(256) certificate_kernel(
   arcs.certificate->mixing = mixing, arcs.certificate->usable = bits <= -R::kArcBits;
 }
 
-// max over j of row[j] + (c[j] - top), c null for zeros; 0 where all are -inf. For all lanes of the warp.
-template <class Real> __device__ __forceinline__ Real row_max(const Real *row, const Real *c, Real top, int N) {
-  Real highest = negative_infinity<Real>();
-  for (int j = threadIdx.x % kWarp; j < N; j += kWarp) {
-    const Real x = c ? row[j] + shift_of(c[j], top) : row[j];
-    highest = x > highest ? x : highest;
-  }
-  highest = warp_max(highest);
-  return highest == negative_infinity<Real>() ? Real(0) : highest;
-}
-
-// w of all frames, a warp a frame; 0 past the end. The forward pass (Find) finds the centres, the backward pass reads
-// them.
+// w of all frames, a warp a frame.
 template <bool Find, class Real>
 __global__ void __launch_bounds__(256) weights_kernel(hmm_problem p, void *workspace, Real *centre, Real *w) {
-  const int N = p.states, lane = threadIdx.x % kWarp;
-  const int64_t row = int64_t(blockIdx.x) * (256 / kWarp) + threadIdx.x / kWarp, T = p.time;
-  if (row >= p.batch * T) return;  // a whole warp
-  const int64_t b = row / T, t = row % T, L = p.lengths[b];
-  if (t >= L) {
-    for (int j = lane; j < N; j += kWarp) w[row * N + j] = 0;
-    if (Find && lane == 0) centre[row] = 0;
-    return;
-  }
-  const Arcs<Real> arcs = arcs_of<Real>(p, workspace, b);
-  const Real *emission = static_cast<const Real *>(p.emission) + row * N, *c = t ? arcs.top : nullptr, *none = nullptr;
-  const Real *final = p.final && t == L - 1 ? static_cast<const Real *>(p.final) + b * p.final_batch_stride : nullptr;
-  const Real arcs_top = arcs.certificate->top, final_top = final ? row_max(final, none, Real(0), N) : Real(0);
-  const Real top = Find ? row_max(emission, c, arcs_top, N) : centre[row];
-  if (Find && lane == 0) centre[row] = top;
-  for (int j = lane; j < N; j += kWarp) {
-    Real x = weight(emission[j], c ? shift_of(c[j], arcs_top) : Real(0), top);
-    if (final) {
-      const Real f = weight(final[j], Real(0), final_top);
-      x = x == 0 || f == 0 ? Real(0) : at_least_tiny(x * f);
-    }
-    w[row * N + j] = x;
-  }
+  const int64_t row = int64_t(blockIdx.x) * (256 / kWarp) + threadIdx.x / kWarp;
+  if (row >= p.batch * p.time) return;  // a whole warp
+  const Arcs<Real> arcs = arcs_of<Real>(p, workspace, row / p.time);
+  weigh_frame<Find>(p, row, arcs.top, arcs.certificate->top, centre, w);
 }
 
 template <bool Find, class Real> int weigh(const hmm_problem &p, void *workspace, Real *centre, Real *w, void *stream) {

@@ -25,7 +25,7 @@
 //
 // Compiled for sm_75 to sm_120 and executed on the CPU by the tests; not timed on a GPU.
 #include "kernels.h"
-#include "staging.h"
+#include "redo.h"
 
 namespace hmm {
 namespace {
@@ -33,56 +33,7 @@ namespace {
 constexpr int kRows = 1024;  // of messages that shared memory holds
 constexpr int kRedoThreads = 512, kBackThreads = 256;
 
-__device__ __forceinline__ bool is_finite(double x) { return x - x == 0; }
-
-// A float64 in two Reals.
-template <class Real> __device__ __forceinline__ void split(double x, Real &high, Real &low) {
-  high = Real(x);
-  low = is_finite(x) ? Real(x - double(high)) : Real(0);
-}
-template <class Real> __device__ __forceinline__ double joined(Real high, Real low) {
-  return double(high) + double(low);
-}
-
-// The scores of a frame beside those of arcs: emission, initial and final.
-template <class Real> struct Local {
-  const Real *emission, *initial, *final;  // null for none
-  __device__ __forceinline__ Local(const Sequence<Real> &q, int64_t t)
-      : emission(q.emission ? q.emission + t * q.states : nullptr), initial(t == 0 ? q.initial : nullptr),
-        final(t == q.length - 1 ? q.final : nullptr) {}
-  __device__ __forceinline__ double operator()(int j) const {
-    return (emission ? double(emission[j]) : 0) + (initial ? double(initial[j]) : 0) + (final ? double(final[j]) : 0);
-  }
-};
-
 // ---- forward
-
-// sum * exp(top), to which rows are added.
-template <class Real> struct LogSum {
-  double top = negative_infinity<double>();
-  Real sum = 0;
-
-  // Rows `group`, group + groups, ... of `rows`; arcs: column j of the first of them, N apart.
-  __device__ __forceinline__ void add(const Real *arcs, int64_t N, const double *messages, int rows, int group,
-                                      int groups) {
-    constexpr int kBatch = sizeof(Real) == 4 ? 8 : 4;
-#pragma unroll 1
-    for (int first = group; first < rows; first += kBatch * groups) {
-      double x[kBatch], larger = top;
-#pragma unroll
-      for (int k = 0; k < kBatch; k++) {
-        const int r = first + k * groups;
-        x[k] = r < rows ? double(arcs[r * N]) + messages[r] : negative_infinity<double>();
-        larger = fmax(larger, x[k]);
-      }
-      const double from = or_zero(larger);
-      sum *= exp(Real(top - from));
-#pragma unroll
-      for (int k = 0; k < kBatch; k++) sum += exp(Real(x[k] - from));
-      top = larger;
-    }
-  }
-};
 
 // The groups' sums of column j together: x_t(j) without its local scores.
 template <class Real>
@@ -133,14 +84,6 @@ __device__ __forceinline__ double column_sum(const RedoMemory<Real> &held, const
 #endif
   return threadIdx.x < unsigned(N) ? combine_groups(held.partial_top, held.partial_sum, groups, N, int(threadIdx.x))
                                    : 0;
-}
-
-// The largest over the block, NaN where one is NaN; a barrier.
-__device__ __forceinline__ double block_larger_or_nan(double x, double *tops) {
-  x = warp_larger_or_nan(x);
-  if (threadIdx.x % kWarp == 0) tops[threadIdx.x / kWarp] = x;
-  __syncthreads();
-  return largest_of(tops, blockDim.x / kWarp);
 }
 
 // Of a frame, from the one before: x_t, then alpha_t = x_t - D_t. Returns max x_t; of the last frame, mass is what
@@ -207,13 +150,6 @@ __global__ void __launch_bounds__(kRedoThreads, 1)
 }
 
 // ---- backward
-
-// n_t of a state; where it has no posterior, what makes every p(i | j) zero.
-template <class Real>
-__device__ __forceinline__ double entry(const Local<Real> &local, Real alpha, Real norm, Real centre, Real gamma,
-                                        int j) {
-  return gamma == 0 ? -negative_infinity<double>() : joined(alpha, norm) + double(centre) - local(j);
-}
 
 // gamma_{t-1} of rows, not yet normalised, from a tile of columns of t: `first` and on. A warp a row. Returns what the
 // rows of which this lane is the first one sum to, behind the last tile.

@@ -123,6 +123,46 @@ template <class Real> __device__ __forceinline__ Real weight(Real e, Real shift,
   return at_least_tiny(exp(whole + lost));
 }
 
+// max over j of row[j] + (c[j] - top), c null for zeros; 0 where all are -inf. For all lanes of the warp.
+template <class Real> __device__ __forceinline__ Real row_max(const Real *row, const Real *c, Real top, int N) {
+  Real highest = negative_infinity<Real>();
+  for (int j = threadIdx.x % kWarp; j < N; j += kWarp) {
+    const Real x = c ? row[j] + shift_of(c[j], top) : row[j];
+    highest = x > highest ? x : highest;
+  }
+  highest = warp_max(highest);
+  return highest == negative_infinity<Real>() ? Real(0) : highest;
+}
+
+// w of frame t of sequence b, row = b T + t, by a warp; 0 past the end. c: what is added to emissions from frame 1 on, to
+// c - c_top. The forward pass (Find) finds the centre, which the backward pass may read.
+template <bool Find, class Real>
+__device__ __forceinline__ void weigh_frame(const hmm_problem &p, int64_t row, const Real *c, Real c_top, Real *centre,
+                                            Real *w) {
+  const int N = p.states, lane = threadIdx.x % kWarp;
+  const int64_t T = p.time, b = row / T, t = row % T, L = p.lengths[b];
+  w += row * N;
+  if (t >= L) {
+    for (int j = lane; j < N; j += kWarp) w[j] = 0;
+    if (Find && lane == 0) centre[row] = 0;
+    return;
+  }
+  const Real *emission = static_cast<const Real *>(p.emission) + row * N, *none = nullptr;
+  const Real *final = p.final && t == L - 1 ? static_cast<const Real *>(p.final) + b * p.final_batch_stride : nullptr;
+  if (t == 0) c = nullptr;
+  const Real final_top = final ? row_max(final, none, Real(0), N) : Real(0);
+  const Real top = Find ? row_max(emission, c, c_top, N) : centre[row];
+  if (Find && lane == 0) centre[row] = top;
+  for (int j = lane; j < N; j += kWarp) {
+    Real x = weight(emission[j], c ? shift_of(c[j], c_top) : Real(0), top);
+    if (final) {
+      const Real f = weight(final[j], Real(0), final_top);
+      x = x == 0 || f == 0 ? Real(0) : at_least_tiny(x * f);
+    }
+    w[j] = x;
+  }
+}
+
 // 2^k that brings a sum back to [2^30, 2^31), where it has left [2^18, 2^31).
 template <class Real> __device__ __forceinline__ int correction(Real total) {
   if (total >= Real(1 << kLowestTopBits) && total < ldexp(Real(1), kTopBits + 1)) return 0;

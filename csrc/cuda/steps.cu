@@ -9,12 +9,16 @@
 // have ended keep their message
 // (forward) or have one of zeros (backward); what is multiplied for them is not looked at.
 //
+// What changes from pass to pass is read in device memory (walked.h), so that a CUDA graph of some steps serves passes
+// over any T; a step past a walk's end does nothing.
+//
 // A step: 2 B N^2 flops a half in the product, 4 N^2 bytes of arcs each; here B N numbers of four arrays read and
 // written, one block a sequence and half, two barriers. Launches: 2 a step, of which T / 2 follow each other from both
-// ends, else T. Limits: N of at most HMM_CUDA_MOST_STATES; T none.
+// ends, else T; one where a pass begins, one behind a graph's steps. Limits: N of at most HMM_CUDA_MOST_STATES; T none.
 //
 // Compiled for sm_75 to sm_120 and executed on the CPU by the tests; not timed on a GPU.
 #include "scaled.h"
+#include "walked.h"
 
 namespace hmm {
 namespace {
@@ -25,6 +29,24 @@ template <class Real> Carried *carried(const hmm_problem &p, void *workspace) {
   return reinterpret_cast<Carried *>(static_cast<char *>(workspace) + Arcs<Real>::bytes(p.states));
 }
 
+template <class Real> struct Forward {
+  int64_t first;
+  hmm_problem p;
+  const Real *product;
+  Real *message, *alpha, *norm;
+  void *workspace;
+  Carried *carried;
+};
+
+template <class Real> struct Backward {
+  int64_t first;
+  hmm_problem p;
+  const Real *grad, *product, *alpha, *norm;
+  Real *message, *w, *posterior;
+  const int32_t *method;
+  Carried *carried;
+};
+
 // Does an allowed arc lead to state j from one with a message? From the end: does one lead from j.
 template <class Real>
 __device__ __forceinline__ bool reachable(const Real *arcs, const Real *previous, int N, int j, bool from_end) {
@@ -34,12 +56,12 @@ __device__ __forceinline__ bool reachable(const Real *arcs, const Real *previous
   return found;
 }
 
-// The s-th frame of every walk; the grid's second axis has the halves.
+// The s-th frame of every walk, s = first + step; the grid's second axis has the halves.
 template <class Real>
-__global__ void __launch_bounds__(kThreads, 1)
-    forward_kernel(hmm_problem p, int64_t s, const Real *product, Real *message, Real *alpha, Real *norm,
-                   void *workspace, Carried *state) {
+__global__ void __launch_bounds__(kThreads, 1) forward_kernel(const Forward<Real> *held, int64_t step) {
   HMM_SHARED_MEMORY(at);
+  const auto [first, p, product, message, alpha, norm, workspace, carried] = *held;
+  const int64_t s = first + step;
   Real *part = carve<Real>(at, kThreads / kWarp);
   const int N = p.states;
   const int64_t b = blockIdx.x, at_b = (blockIdx.y * p.batch + b) * N;
@@ -50,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
   const int64_t row = (b * p.time + walk.first + s * walk.step) * N, before = row - walk.step * N;
-  state += 2 * b + from_end;
+  Carried *state = carried + 2 * b + from_end;
   const Arcs<Real> arcs(workspace, 0, N);
   const Real smallest = ldexp(Real(1), Range<Real>::kEntryBits);
   const Real *initial = static_cast<const Real *>(p.initial) + b * p.initial_batch_stride;
@@ -93,24 +115,24 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <class Real>
-__global__ void __launch_bounds__(kThreads, 1)
-    backward_kernel(hmm_problem p, int64_t s, const Real *grad, const Real *product, Real *message, const Real *alpha,
-                    const Real *norm, const int32_t *method, Real *w, Real *posterior, Carried *state) {
+__global__ void __launch_bounds__(kThreads, 1) backward_kernel(const Backward<Real> *held, int64_t step) {
   HMM_SHARED_MEMORY(at);
+  const auto [first, p, grad, product, alpha, norm, message, w, posterior, method, carried] = *held;
+  const int64_t s = first + step;
   Real *part = carve<Real>(at, kThreads / kWarp);
   const int N = p.states;
-  const int64_t b = blockIdx.x, at_b = (blockIdx.y * p.batch + b) * N, L = p.lengths[b], first = b * p.time * N;
+  const int64_t b = blockIdx.x, at_b = (blockIdx.y * p.batch + b) * N, L = p.lengths[b], origin = b * p.time * N;
   const bool done = method[b] == HMM_SCALED || method[b] == HMM_BOTH_ENDS;
   const Walk walk = walk_to_ends(L, method[b] == HMM_BOTH_ENDS, blockIdx.y == 1);
   if (s == 0 && done && blockIdx.y == 0)
-    for (int64_t k = L * N + threadIdx.x; k < p.time * N; k += kThreads) posterior[first + k] = 0;
+    for (int64_t k = L * N + threadIdx.x; k < p.time * N; k += kThreads) posterior[origin + k] = 0;
   if (s >= walk.frames || !done) {  // the whole block; what is lost is done by redo.cu
     for (int i = threadIdx.x; i < N; i += kThreads) message[at_b + i] = 0;
     return;
   }
-  const int64_t row = first + (walk.first + s * walk.step) * N;
-  state += 2 * b + blockIdx.y;
-  const Real factor = s == 0 ? norm[first] : norm[row - walk.step * N] / Real(state->total);
+  const int64_t row = origin + (walk.first + s * walk.step) * N;
+  Carried *state = carried + 2 * b + blockIdx.y;
+  const Real factor = s == 0 ? norm[origin] : norm[row - walk.step * N] / Real(state->total);
   const Real scale = s < walk.frames - 1 ? norm[row] : Real(1);
   Real sum = 0;
   for (int i = threadIdx.x; i < N; i += kThreads) {
@@ -123,6 +145,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   sum = block_sum<kThreads>(sum, part);
   if (threadIdx.x == 0) state->total = double(sum);
+}
+
+// Behind the steps of a graph.
+__global__ void __launch_bounds__(kWarp) advance_kernel(int64_t *first, int64_t steps) {
+  if (threadIdx.x == 0) *first += steps - (HMM_MUTATION == 43);
 }
 
 constexpr size_t kShared = carved<double>(kThreads / kWarp) * 2;
@@ -138,17 +165,19 @@ template <class Real> Real *steps_messages(const hmm_problem &p, void *workspace
   return reinterpret_cast<Real *>(carried<Real>(p, workspace) + 2 * p.batch);
 }
 
-template <class Real> int steps_begin(const hmm_problem &p, Real *alpha, Real *centre, void *workspace, void *stream) {
-  return prepare(p, true, centre, alpha, workspace, stream);
-}
-
 inline dim3 walks(const hmm_problem &p) { return dim3(unsigned(p.batch), p.sharing == HMM_BY_ENDS ? 2 : 1); }
 
 template <class Real>
-int steps_forward(const hmm_problem &p, int64_t s, const Real *product, Real *message, Real *alpha, Real *norm,
-                  void *workspace, void *stream) {
-  return launch(forward_kernel<Real>, walks(p), kThreads, kShared, stream, p, s, product, message, alpha, norm,
-                workspace, carried<Real>(p, workspace));
+int steps_begin(const hmm_problem &p, Real *alpha, Real *norm, Real *centre, const Real *product, Real *message,
+                void *held, void *workspace, void *stream) {
+  const int status = prepare(p, true, centre, alpha, workspace, stream);
+  const Forward<Real> walk = {0, p, product, message, alpha, norm, workspace, carried<Real>(p, workspace)};
+  return status ? status : begin_walk(walk, held, stream);
+}
+
+template <class Real> int steps_forward(const hmm_problem &p, int64_t step, const void *held, void *stream) {
+  return launch(forward_kernel<Real>, walks(p), kThreads, kShared, stream, static_cast<const Forward<Real> *>(held),
+                step);
 }
 
 template <class Real>
@@ -158,32 +187,36 @@ int steps_end(const hmm_problem &p, Real *log_partition, const Real *alpha, Real
 }
 
 template <class Real>
-int steps_back_begin(const hmm_problem &p, const Real *alpha, const Real *centre, const int32_t *method, Real *message,
+int steps_back_begin(const hmm_problem &p, const Real *grad, const Real *alpha, const Real *norm, const Real *centre,
+                     const int32_t *method, Real *state, const Real *product, Real *message, void *held,
                      void *workspace, void *stream) {
-  const int status =
-      prepare(p, false, const_cast<Real *>(centre), steps_messages<Real>(p, workspace), workspace, stream);
-  return status ? status : launch(meet_kernel<Real>, walks(p), kThreads, 0, stream, p, alpha, method, message);
+  Real *w = steps_messages<Real>(p, workspace);
+  int status = prepare(p, false, const_cast<Real *>(centre), w, workspace, stream);
+  if (!status) status = launch(meet_kernel<Real>, walks(p), kThreads, 0, stream, p, alpha, method, message);
+  const Backward<Real> walk = {0,       p, grad,  product, alpha,  norm,
+                               message, w, state, method,  carried<Real>(p, workspace)};
+  return status ? status : begin_walk(walk, held, stream);
 }
 
-template <class Real>
-int steps_backward(const hmm_problem &p, int64_t s, const Real *grad, const Real *product, Real *message,
-                   const Real *alpha, const Real *norm, const int32_t *method, Real *state, void *workspace,
-                   void *stream) {
-  return launch(backward_kernel<Real>, walks(p), kThreads, kShared, stream, p, s, grad, product, message, alpha, norm,
-                method, steps_messages<Real>(p, workspace), state, carried<Real>(p, workspace));
+template <class Real> int steps_backward(const hmm_problem &p, int64_t step, const void *held, void *stream) {
+  return launch(backward_kernel<Real>, walks(p), kThreads, kShared, stream, static_cast<const Backward<Real> *>(held),
+                step);
+}
+
+int steps_advance(int64_t steps, void *held, void *stream) {
+  return launch(advance_kernel, dim3(1), kWarp, 0, stream, static_cast<int64_t *>(held), steps);
 }
 
 #define HMM_INSTANTIATE(Real)                                                                                       \
   template size_t steps_workspace<Real>(const hmm_problem &, bool);                                                 \
-  template int steps_begin<Real>(const hmm_problem &, Real *, Real *, void *, void *);                              \
-  template int steps_forward<Real>(const hmm_problem &, int64_t, const Real *, Real *, Real *, Real *, void *,      \
-                                   void *);                                                                         \
+  template int steps_begin<Real>(const hmm_problem &, Real *, Real *, Real *, const Real *, Real *, void *, void *, \
+                                 void *);                                                                           \
+  template int steps_forward<Real>(const hmm_problem &, int64_t, const void *, void *);                             \
   template int steps_end<Real>(const hmm_problem &, Real *, const Real *, Real *, const Real *, int32_t *, void *,  \
                                void *);                                                                             \
-  template int steps_back_begin<Real>(const hmm_problem &, const Real *, const Real *, const int32_t *, Real *,     \
-                                      void *, void *);                                                              \
-  template int steps_backward<Real>(const hmm_problem &, int64_t, const Real *, const Real *, Real *, const Real *, \
-                                    const Real *, const int32_t *, Real *, void *, void *);                         \
+  template int steps_back_begin<Real>(const hmm_problem &, const Real *, const Real *, const Real *, const Real *,  \
+                                      const int32_t *, Real *, const Real *, Real *, void *, void *, void *);       \
+  template int steps_backward<Real>(const hmm_problem &, int64_t, const void *, void *);                            \
   template Real *steps_messages<Real>(const hmm_problem &, void *);
 HMM_INSTANTIATE(float)
 HMM_INSTANTIATE(double)

@@ -261,34 +261,85 @@ HMM_API int hmm_cuda_backward_f64(const hmm_problem *, const double *grad, const
  *   forward:  begin; for s = 0 .. S-1: product = message A where s > 0, steps_forward(s); end.
  *   backward: back_begin; for s = 0 .. S-1: product = message A^T where s > 0 or by ends, steps_backward(s); back_end.
  * product, message (B, N); A (N, N) is what the workspace begins with; S = T. Where sharing is HMM_BY_ENDS, in both passes, S =
- * (T+1)/2, and product and message are (2, B, N), of which the second one is multiplied by the other of A and A^T. */
+ * (T+1)/2, and product and message are (2, B, N), of which the second one is multiplied by the other of A and A^T.
+ * held: HMM_CUDA_WALK_BYTES, aligned to 16, which begin and back_begin write and steps read; of the problem, steps look at
+ * batch and sharing alone. So what steps_forward(0) to (K-1) and steps_advance(K) launch, with products before every step,
+ * may be captured once and replayed S / K times, rounded up: a product too many, and steps past S, change nothing. */
+#define HMM_CUDA_WALK_BYTES 512
 HMM_API int hmm_cuda_in_steps(const hmm_problem *, int32_t real_bytes);
-HMM_API int hmm_cuda_steps_begin_f32(const hmm_problem *, float *alpha, float *centre, void *workspace, void *stream);
-HMM_API int hmm_cuda_steps_forward_f32(const hmm_problem *, int64_t s, const float *product, float *message, float *alpha,
-                                       float *norm, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_advance(int64_t steps, void *held, void *stream);
+HMM_API int hmm_cuda_steps_begin_f32(const hmm_problem *, float *alpha, float *norm, float *centre, const float *product,
+                                       float *message, void *held, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_forward_f32(const hmm_problem *, int64_t s, const void *held, void *stream);
 HMM_API int hmm_cuda_steps_end_f32(const hmm_problem *, float *log_partition, float *alpha, float *norm, float *centre,
                                    int32_t *method, void *workspace, void *stream);
-HMM_API int hmm_cuda_steps_back_begin_f32(const hmm_problem *, const float *alpha, const float *centre, const int32_t *method,
-                                          float *message, void *workspace, void *stream);
-HMM_API int hmm_cuda_steps_backward_f32(const hmm_problem *, int64_t s, const float *grad, const float *product,
-                                        float *message, const float *alpha, const float *norm, const int32_t *method,
-                                        float *state, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_back_begin_f32(const hmm_problem *, const float *grad, const float *alpha, const float *norm,
+                                          const float *centre, const int32_t *method, float *state, const float *product,
+                                          float *message, void *held, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_backward_f32(const hmm_problem *, int64_t s, const void *held, void *stream);
 HMM_API int hmm_cuda_steps_back_end_f32(const hmm_problem *, const float *grad, const float *log_partition,
                                         const float *alpha, const float *norm, const float *centre, const int32_t *method,
                                         float *state, float *edge, void *workspace, void *stream);
-HMM_API int hmm_cuda_steps_begin_f64(const hmm_problem *, double *alpha, double *centre, void *workspace, void *stream);
-HMM_API int hmm_cuda_steps_forward_f64(const hmm_problem *, int64_t s, const double *product, double *message, double *alpha,
-                                       double *norm, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_begin_f64(const hmm_problem *, double *alpha, double *norm, double *centre, const double *product,
+                                       double *message, void *held, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_forward_f64(const hmm_problem *, int64_t s, const void *held, void *stream);
 HMM_API int hmm_cuda_steps_end_f64(const hmm_problem *, double *log_partition, double *alpha, double *norm, double *centre,
                                    int32_t *method, void *workspace, void *stream);
-HMM_API int hmm_cuda_steps_back_begin_f64(const hmm_problem *, const double *alpha, const double *centre, const int32_t *method,
-                                          double *message, void *workspace, void *stream);
-HMM_API int hmm_cuda_steps_backward_f64(const hmm_problem *, int64_t s, const double *grad, const double *product,
-                                        double *message, const double *alpha, const double *norm, const int32_t *method,
-                                        double *state, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_back_begin_f64(const hmm_problem *, const double *grad, const double *alpha, const double *norm,
+                                          const double *centre, const int32_t *method, double *state, const double *product,
+                                          double *message, void *held, void *workspace, void *stream);
+HMM_API int hmm_cuda_steps_backward_f64(const hmm_problem *, int64_t s, const void *held, void *stream);
 HMM_API int hmm_cuda_steps_back_end_f64(const hmm_problem *, const double *grad, const double *log_partition,
                                         const double *alpha, const double *norm, const double *centre, const int32_t *method,
                                         double *state, double *edge, void *workspace, void *stream);
+/* Chains through two factors on a GPU, with the two products of a step by the caller: the sweeps of hmm_low_rank, with the
+ * same outputs, and what is lost done again in log space, through the factors. All pointers are to the device.
+ *   forward:  begin; for s = 0 .. T-1: between = message L, product = between R where s > 0, forward(s); end.
+ *   backward: back_begin; for s = 0 .. T-1: between = message R^T, product = between L^T where s > 0, backward(s); back_end.
+ * between (B, R), product and message (B, N); held and hmm_cuda_steps_advance: as above. end gives log Z, also of what is
+ * done again, whose method is HMM_REDONE and whose alpha and half are 0. back_begin's outputs are those of
+ * hmm_low_rank_backward; of what is done again, classes and leaving are 0 until back_end, which writes its posteriors to
+ * state and adds grad times its counts to edge (B, 2 R, N), (2 R, N) where transition_batch_stride is 0, NULL to skip;
+ * behind it, classes and leaving hold nothing. workspace: the same one for the calls of a pass. */
+typedef struct hmm_cuda_low_rank {
+  hmm_problem chain; /* as in hmm_low_rank; batch and time at least 1 */
+  int64_t rank;
+  const void *scores; /* of the factors, as chain.transition */
+  const void *shift;  /* as in hmm_low_rank */
+  int64_t shift_batch_stride;
+  const double *top; /* (B,), or its stride 0: what the shifts lack, which log Z gets for every frame from 1 on */
+  int64_t top_batch_stride;
+  const double *demands; /* (2,): `least`, and `mixing`, of hmm_low_rank */
+} hmm_cuda_low_rank;
+HMM_API int64_t hmm_cuda_low_rank_workspace(const hmm_cuda_low_rank *, int32_t real_bytes, int32_t pass);
+HMM_API int hmm_cuda_low_rank_begin_f32(const hmm_cuda_low_rank *, float *alpha, float *half, const float *between,
+                                          const float *product, float *message, void *held, void *workspace, void *stream);
+HMM_API int hmm_cuda_low_rank_forward_f32(const hmm_cuda_low_rank *, int64_t s, const void *held, void *stream);
+HMM_API int hmm_cuda_low_rank_end_f32(const hmm_cuda_low_rank *, float *log_partition, float *alpha, float *half, int32_t *method,
+                                        void *workspace, void *stream);
+HMM_API int hmm_cuda_low_rank_back_begin_f32(const hmm_cuda_low_rank *, const float *grad, const float *alpha,
+                                               const int32_t *method, float *state, float *classes, float *leaving,
+                                               const float *between, const float *product, float *message, void *held,
+                                               void *workspace, void *stream);
+HMM_API int hmm_cuda_low_rank_backward_f32(const hmm_cuda_low_rank *, int64_t s, const void *held, void *stream);
+HMM_API int hmm_cuda_low_rank_back_end_f32(const hmm_cuda_low_rank *, const float *grad, const float *log_partition,
+                                             const int32_t *method, float *state, float *edge, float *classes, float *leaving,
+                                             void *workspace, void *stream);
+HMM_API int hmm_cuda_low_rank_begin_f64(const hmm_cuda_low_rank *, double *alpha, double *half, const double *between,
+                                          const double *product, double *message, void *held, void *workspace, void *stream);
+HMM_API int hmm_cuda_low_rank_forward_f64(const hmm_cuda_low_rank *, int64_t s, const void *held, void *stream);
+HMM_API int hmm_cuda_low_rank_end_f64(const hmm_cuda_low_rank *, double *log_partition, double *alpha, double *half, int32_t *method,
+                                        void *workspace, void *stream);
+HMM_API int hmm_cuda_low_rank_back_begin_f64(const hmm_cuda_low_rank *, const double *grad, const double *alpha,
+                                               const int32_t *method, double *state, double *classes, double *leaving,
+                                               const double *between, const double *product, double *message, void *held,
+                                               void *workspace, void *stream);
+HMM_API int hmm_cuda_low_rank_backward_f64(const hmm_cuda_low_rank *, int64_t s, const void *held, void *stream);
+HMM_API int hmm_cuda_low_rank_back_end_f64(const hmm_cuda_low_rank *, const double *grad, const double *log_partition,
+                                             const int32_t *method, double *state, double *edge, double *classes, double *leaving,
+                                             void *workspace, void *stream);
+/* A stream of the current device, for captures, that lives as long as the process. */
+HMM_API int hmm_cuda_create_stream(void **stream);
 /* delta (B, 2, N), pointers (B, T, N): workspace. */
 HMM_API int hmm_cuda_viterbi_f32(const hmm_problem *, float *score, float *delta, int16_t *pointers, int64_t *states, void *stream);
 HMM_API int hmm_cuda_viterbi_f64(const hmm_problem *, double *score, double *delta, int16_t *pointers, int64_t *states, void *stream);

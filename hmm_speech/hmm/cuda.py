@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from . import library, ops
-from .products import full_precision
+from . import cuda_graphs, library, ops
 
 _FORWARD, _BACKWARD = 0, 1  # enum hmm_cuda_pass
 _CUDA_ERROR = 1000  # HMM_CUDA_ERROR
@@ -125,7 +124,10 @@ class Call(ops._Call):
 
             def run(name: str, *arguments) -> None:
                 pointers = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-                status = getattr(handle, f"hmm_cuda_{name}_{suffix}")(problem, *pointers, stream)
+                if name == "steps_advance":  # whatever the walk is over
+                    status = handle.hmm_cuda_steps_advance(*pointers, stream)
+                else:
+                    status = getattr(handle, f"hmm_cuda_{name}_{suffix}")(problem, *pointers, stream)
                 if status:
                     where = f"B, T, N = {self.shape} on {self.device}"
                     raise RuntimeError(f"hmm_speech {name}: {_message(status)}; {where}")
@@ -165,11 +167,11 @@ class Call(ops._Call):
         arcs = workspace[: num_states**2 * self.dtype.itemsize].view(self.dtype).view(1, num_states, num_states)
         return torch.cat([arcs, arcs.mT]) if self.problem.sharing == library.BY_ENDS else arcs
 
-    def room(self) -> tuple[Tensor, Tensor]:
-        """For the messages of a step and their products: each (1, B, N), from both ends (2, B, N)."""
+    def walk(self, name: str) -> contextlib.AbstractContextManager[cuda_graphs.Walk]:
+        """Messages and their products, each (1, B, N), from both ends (2, B, N), and how steps_<name> is called."""
         batch, _, num_states = self.shape
         halves = 2 if self.problem.sharing == library.BY_ENDS else 1
-        return self.empty(halves, batch, num_states), self.empty(halves, batch, num_states)
+        return cuda_graphs.walk(self, f"steps_{name}", halves, batch, (num_states, num_states), self.steps)
 
 
 def _message(status: int) -> str:
@@ -196,13 +198,10 @@ def forward(initial, transition, emission, lengths, final, both_ends=True):
         if not call.in_steps:
             run("forward", log_partition, alpha, norm, centre, method, workspace)
         else:
-            run("steps_begin", alpha, centre, workspace)
-            arcs, (message, product) = call.arcs(workspace), call.room()
-            with full_precision(call.device.type):
-                for step in range(call.steps):
-                    if step > 0:
-                        torch.bmm(message, arcs, out=product)
-                    run("steps_forward", step, product, message, alpha, norm, workspace)
+            with call.walk("forward") as walk:
+                message, product = walk.messages
+                run("steps_begin", alpha, norm, centre, product, message, walk.held, workspace)
+                walk.take(call, run, [call.arcs(workspace)], call.steps, multiply_first=False)
             run("steps_end", log_partition, alpha, norm, centre, method, workspace)
     return log_partition, alpha, norm, centre, method
 
@@ -218,14 +217,12 @@ def backward(grad, initial, transition, emission, lengths, final, log_partition,
         if not call.in_steps:
             run("backward", grad, *messages, *outputs, workspace)
         else:
-            message, product = call.room()
-            run("steps_back_begin", alpha, centre, method, message, workspace)
-            arcs = call.arcs(workspace).mT
-            with full_precision(call.device.type):
-                for step in range(call.steps):
-                    if step > 0 or len(arcs) > 1:
-                        torch.bmm(message, arcs, out=product)
-                    run("steps_backward", step, grad, product, message, alpha, norm, method, state, workspace)
+            with call.walk("backward") as walk:
+                message, product = walk.messages
+                buffers = (product, message, walk.held, workspace)
+                run("steps_back_begin", grad, alpha, norm, centre, method, state, *buffers)
+                arcs = call.arcs(workspace).mT
+                walk.take(call, run, [arcs], call.steps, multiply_first=len(arcs) > 1)
             run("steps_back_end", grad, *messages, *outputs, workspace)
     return state, edge
 

@@ -22,7 +22,8 @@ ABI_VERSION = 5
 REDONE = 1  # HMM_REDONE
 BY_SEQUENCES, BY_ENDS, BY_STEPS = 0, 1, 2  # enum hmm_sharing
 CUDA_MOST_STATES, CUDA_MOST_STATES_VARYING = 8192, 4096  # HMM_CUDA_MOST_STATES, and with a time axis
-CUDA_KERNELS = frozenset({"forward", "backward", "viterbi", "sample"})  # of dense chains, on a GPU
+CUDA_WALK_BYTES = 512  # HMM_CUDA_WALK_BYTES
+CUDA_KERNELS = frozenset({"forward", "backward", "viterbi", "sample", "low_rank"})  # on a GPU; of dense chains, but one
 REBUILD = "rebuild it with `pip install -e .` (or `pip install .`) in the clone; it needs a C++20 compiler"
 _SUFFIX = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
 _FILE = f"libhmm_speech.{_SUFFIX}"
@@ -68,6 +69,21 @@ class LowRankProblem(ctypes.Structure):
         ("least", ctypes.c_double),
         ("mixing", ctypes.c_int32),
         ("wide", ctypes.c_int32),
+    ]
+
+
+class CudaLowRankProblem(ctypes.Structure):
+    """``struct hmm_cuda_low_rank``."""
+
+    _fields_ = [
+        ("chain", Problem),
+        ("rank", ctypes.c_int64),
+        ("scores", ctypes.c_void_p),
+        ("shift", ctypes.c_void_p),
+        ("shift_batch_stride", ctypes.c_int64),
+        ("top", ctypes.c_void_p),
+        ("top_batch_stride", ctypes.c_int64),
+        ("demands", ctypes.c_void_p),
     ]
 
 
@@ -147,16 +163,25 @@ def declare_cuda(handle: ctypes.CDLL) -> ctypes.CDLL:
     """`handle`, with the types of hmm_cuda_* of csrc/include/hmm_speech.h; each ends with a stream."""
     pointer, problem = ctypes.c_void_p, ctypes.POINTER(Problem)
     counts = {"forward": 7, "backward": 10, "viterbi": 5}
-    counts |= {"steps_begin": 4, "steps_end": 7, "steps_back_begin": 6, "steps_back_end": 10}
+    counts |= {"steps_begin": 8, "steps_end": 7, "steps_back_begin": 11, "steps_back_end": 10}
     declared = {name: [problem] + [pointer] * count for name, count in counts.items()}
-    for name, count in {"sample": 7, "steps_forward": 6, "steps_backward": 9}.items():
+    for name, count in {"sample": 7, "steps_forward": 2, "steps_backward": 2}.items():
         declared[name] = [problem, ctypes.c_int64] + [pointer] * count
+    low_rank = ctypes.POINTER(CudaLowRankProblem)
+    for name, count in {"begin": 8, "end": 6, "back_begin": 12, "back_end": 9}.items():
+        declared[f"low_rank_{name}"] = [low_rank] + [pointer] * count
+    for name in ("forward", "backward"):
+        declared[f"low_rank_{name}"] = [low_rank, ctypes.c_int64] + [pointer] * 2
     for name, types in declared.items():
         for suffix in ("f32", "f64"):
             getattr(handle, f"hmm_cuda_{name}_{suffix}").argtypes = types
     handle.hmm_cuda_workspace.argtypes = [problem, ctypes.c_int32, ctypes.c_int32]
     handle.hmm_cuda_workspace.restype = ctypes.c_int64
+    handle.hmm_cuda_low_rank_workspace.argtypes = [low_rank, ctypes.c_int32, ctypes.c_int32]
+    handle.hmm_cuda_low_rank_workspace.restype = ctypes.c_int64
     handle.hmm_cuda_in_steps.argtypes = [problem, ctypes.c_int32]
+    handle.hmm_cuda_steps_advance.argtypes = [ctypes.c_int64, pointer, pointer]
+    handle.hmm_cuda_create_stream.argtypes = [ctypes.POINTER(pointer)]
     return handle
 
 
@@ -245,5 +270,5 @@ def backend() -> Backend:
     instructions = library.handle.hmm_instruction_set().decode()
     found = f"{instructions} kernels for CPU tensors, "
     if cuda() is not None:
-        found += f"CUDA kernels for dense chains of up to {CUDA_MOST_STATES} states on a GPU, "
+        found += f"CUDA kernels for dense chains of up to {CUDA_MOST_STATES} states and low-rank ones on a GPU, "
     return Backend("native", f"{found}the reference elsewhere; {library.detail}", redone)

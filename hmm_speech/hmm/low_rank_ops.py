@@ -9,10 +9,10 @@
     counts of right = R * sum_t u_t^T (w_t * b_t) / G_{t-1}
 
 (Rabiner 1989, section V.A, with a hidden class between two states: Chiu et al. 2021.) The sweeps over time are
-native (csrc/cpu/low_rank.h) or, on other devices and without the library, composed of torch's own operators
-(low_rank_sweeps.py); the counts are one product over all frames each. Cost a frame and sequence: 4 N R flops forward,
-8 N R backward with counts, N exps each; memory: messages of N + R numbers, and 2 N + R more backward. No (N, N) is
-formed. No limits on N, R and T.
+native (csrc/cpu/low_rank.h; on a GPU csrc/cuda/low_rank.cu, by low_rank_cuda.py) or, on other devices and without the
+library, composed of torch's own operators (low_rank_sweeps.py); the counts are one product over all frames each. Cost a
+frame and sequence: 4 N R flops forward, 8 N R backward with counts, N exps each; memory: messages of N + R numbers, and
+2 N + R more backward. No (N, N) is formed. No limits on N, R and T.
 
 When is it exact? A number below 2^-m, m = 126 (float32) or 1022, is lost; p = 24 or 53 bits are wanted; L, R <= 1; a
 message's sum is below 2^31, s_t is the sum before it is scaled.
@@ -26,17 +26,18 @@ message's sum is below 2^31, s_t is the sum before it is scaled.
 Backward, lost terms of v are below N 2^-m, of b below R N 2^-m; a < 2^31, and 1 / G_{t-1} is what a_t was scaled by, at
 most 2^31 / s_t: their posterior is below R N 2^(62 - m) / s_t, and s_t >= T N R 2^(62 - m + p) is asked for, too.
 Either way, no allowed entry of L and R may be below 2^(26 - m). Sequences that fail are done again in log space in
-float64 (low_rank_redo.py) and counted by :func:`library.count_redone`.
+float64 (low_rank_redo.py) and counted by :func:`library.count_redone`; on a GPU, on the device (low_rank_redo.cu).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
-from . import library, low_rank_redo, low_rank_sweeps, ops
+from . import library, low_rank_cuda, low_rank_redo, low_rank_sweeps, ops
 from .low_rank_sweeps import INF, TOP, finite
 
 _ARGUMENTS = "Tensor initial, Tensor factors, Tensor emission, Tensor lengths, Tensor? final"
@@ -52,7 +53,9 @@ PRECISION = {torch.float32: 24, torch.float64: 53}
 class Factors:
     """L and R, the shift c_j of the emissions and its maximum, and what the certificates ask for.
 
-    pairs (..., 2 R, N): R rows of L transposed, then those of R. shift (..., N), top () or (B,)."""
+    pairs (..., 2 R, N): R rows of L transposed, then those of R. shift (..., N), top () or (B,). demands (2,), in
+    float64 on the factors' device: the least sum, and whether that is all that is asked, `mixing`. Nothing waits for a
+    GPU until `least`, `mixing` or `wide` is looked at."""
 
     def __init__(self, factors: Tensor, time: int):
         left, right = factors.double().chunk(2, -2)  # (..., R, N), left transposed
@@ -64,13 +67,25 @@ class Factors:
         top = shift.amax(-1, keepdim=True)
         self.shift, self.top = (shift - top).squeeze(-2), top.flatten(-2).squeeze(-1)
         self.pairs = pairs.exp().to(factors.dtype)
-        self.wide = bool((self.shift < -16).any())  # e + c may cancel
         size, m, p = math.log2(max(time, 1) * num_states * self.rank), SMALLEST[factors.dtype], PRECISION[factors.dtype]
-        range_of_left = float(pairs[..., : self.rank, :].min()) / math.log(2)
-        usable = float(finite(pairs).min()) >= (26 - m) * math.log(2)  # False for NaN
+        range_of_left = pairs[..., : self.rank, :].min() / math.log(2)
+        usable = finite(pairs).min() >= (26 - m) * math.log(2)  # False for NaN
         needed = size - range_of_left + 32 - m + p
-        self.mixing = needed <= TOP - 16  # beyond that, benign frames would fail it
-        self.least = 2.0 ** max(needed if self.mixing else -INF, size + 62 - m + p) if usable else INF
+        mixing = needed <= TOP - 16  # beyond that, benign frames would fail it
+        least = torch.where(mixing, needed, -INF).clamp(min=size + 62 - m + p).exp2()
+        self.demands = torch.stack([torch.where(usable, least, INF), mixing.double()])
+
+    @functools.cached_property
+    def least(self) -> float:
+        return self.demands[0].item()
+
+    @functools.cached_property
+    def mixing(self) -> bool:
+        return bool(self.demands[1])
+
+    @functools.cached_property
+    def wide(self) -> bool:
+        return bool((self.shift < -16).any())  # e + c may cancel
 
     @property
     def left(self) -> Tensor:
@@ -110,10 +125,16 @@ def _native_backward(made: Factors, grad, initial, emission, lengths, final, alp
     return state, classes, leaving
 
 
+def _on_gpu(emission: Tensor) -> bool:
+    return emission.device.type == "cuda" and library.use_native("cuda", "low_rank")
+
+
 def _forward(initial, factors, emission, lengths, final):
     if not emission.shape[0]:
         return _fake_forward(initial, factors, emission, lengths, final)  # all empty
     made = Factors(factors, emission.shape[1])
+    if _on_gpu(emission):
+        return low_rank_cuda.forward(made, initial, factors, emission, lengths, final)
     sweep = _native_forward if library.use_native(emission.device.type) else low_rank_sweeps.forward
     log_partition, alpha, half, method = sweep(made, initial, emission, lengths, final)
     log_partition += (lengths - 1).clamp(min=0) * made.top
@@ -129,6 +150,13 @@ def _backward(grad, initial, factors, emission, lengths, final, log_partition, a
     if not emission.shape[0]:
         return torch.empty_like(emission), edge
     made = Factors(factors, emission.shape[1])
+    if _on_gpu(emission):
+        scores = (initial, factors, emission, lengths, final)
+        counted = functools.partial(_count, edge, grad, alpha, half, made=made)
+        state = low_rank_cuda.backward(
+            made, grad, *scores, log_partition, alpha, method, edge if edges else None, counted
+        )
+        return state, edge
     sweep = _native_backward if library.use_native(emission.device.type) else low_rank_sweeps.backward
     state, classes, leaving = sweep(made, grad, initial, emission, lengths, final, alpha, method, edges)
     if edges and emission.numel():

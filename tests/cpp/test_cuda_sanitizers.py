@@ -119,6 +119,10 @@ NOTICED_BY = {
     34: ("thread", "exercise_chunks"),  # and backward, of the messages before a chunk
     35: ("address", "exercise_chunks"),  # certificates not looked at: sequences in chunks that must not be
     36: ("address", "exercise_chunks"),  # a rescale that is not counted: wrong numbers
+    41: ("thread", "exercise_low_rank"),  # a barrier removed, in log space
+    42: ("address", "exercise_low_rank"),  # states and classes that were lost not looked for
+    43: ("address", "exercise_steps"),  # a graph's steps miscounted: wrong numbers
+    44: ("address", "exercise_low_rank"),  # an index off by one, in the counts in log space
 }
 
 

@@ -14,7 +14,7 @@ def with_kernels(monkeypatch):
 
 
 def test_what_has_kernels_on_a_gpu(with_kernels):
-    for operation in ("forward", "backward", "viterbi", "sample"):
+    for operation in ("forward", "backward", "viterbi", "sample", "low_rank"):
         assert library.use_native("cuda", operation)
     for operation in ("", "topk", "tangent", "advance"):
         assert library.use_native("cpu", operation)

@@ -67,26 +67,38 @@ template <class Real> struct Exercise {
     return room.data();
   }
 
-  Passes<Real> in_steps(bool both_ends) {
+  // The launches that a CUDA graph of `captured` steps has, as often as it takes; or each step once, for 0.
+  template <class Step, class Product> void walk(int64_t steps, int64_t captured, bool first_too, std::vector<char> &held, Step step, Product product) {
+    for (int64_t s = 0; captured == 0 && s < steps; s++) {
+      if (s || first_too) product();
+      CHECK(step(&p, s, held.data(), nullptr) == HMM_OK);
+    }
+    for (int64_t replayed = 0; captured && replayed < steps; replayed += captured) {
+      for (int64_t s = 0; s < captured; s++) {
+        product();
+        CHECK(step(&p, s, held.data(), nullptr) == HMM_OK);
+      }
+      CHECK(hmm_cuda_steps_advance(captured, held.data(), nullptr) == HMM_OK);
+    }
+  }
+
+  Passes<Real> in_steps(bool both_ends, int64_t captured) {
     p.sharing = both_ends ? HMM_BY_ENDS : HMM_BY_SEQUENCES;
     const int64_t steps = both_ends ? (T + 1) / 2 : T, halves = both_ends ? 2 : 1;
     Passes<Real> x(B, T, N);
-    std::vector<Real> product(halves * B * N), message(halves * B * N);
-    const auto arcs = [&] { return reinterpret_cast<const Real *>(room.data()); };
+    std::vector<Real> product(halves * B * N, std::numeric_limits<Real>::quiet_NaN()), message = product;
+    std::vector<char> held(HMM_CUDA_WALK_BYTES);
+    const auto multiplied = [&](bool transposed) {
+      return [&, transposed] { multiply(message, reinterpret_cast<const Real *>(room.data()), transposed, B, N, product); };
+    };
     void *w = workspace(HMM_CUDA_FORWARD);
-    CHECK(F::begin(&p, x.alpha.data(), x.centre.data(), w, nullptr) == HMM_OK);
-    for (int64_t s = 0; s < steps; s++) {
-      if (s) multiply(message, arcs(), false, B, N, product);
-      CHECK(F::step(&p, s, product.data(), message.data(), x.alpha.data(), x.norm.data(), w, nullptr) == HMM_OK);
-    }
+    CHECK(F::begin(&p, x.alpha.data(), x.norm.data(), x.centre.data(), product.data(), message.data(), held.data(), w, nullptr) == HMM_OK);
+    walk(steps, captured, false, held, F::step, multiplied(false));
     CHECK(F::end(&p, x.log_partition.data(), x.alpha.data(), x.norm.data(), x.centre.data(), x.method.data(), w, nullptr) == HMM_OK);
     w = workspace(HMM_CUDA_BACKWARD);
-    CHECK(F::back_begin(&p, x.alpha.data(), x.centre.data(), x.method.data(), message.data(), w, nullptr) == HMM_OK);
-    for (int64_t s = 0; s < steps; s++) {
-      if (s || both_ends) multiply(message, arcs(), true, B, N, product);
-      CHECK(F::back(&p, s, grad.data(), product.data(), message.data(), x.alpha.data(), x.norm.data(), x.method.data(), x.state.data(), w,
-                    nullptr) == HMM_OK);
-    }
+    CHECK(F::back_begin(&p, grad.data(), x.alpha.data(), x.norm.data(), x.centre.data(), x.method.data(), x.state.data(), product.data(),
+                        message.data(), held.data(), w, nullptr) == HMM_OK);
+    walk(steps, captured, both_ends, held, F::back, multiplied(true));
     CHECK(F::back_end(&p, grad.data(), x.log_partition.data(), x.alpha.data(), x.norm.data(), x.centre.data(), x.method.data(),
                       x.state.data(), x.edge.data(), w, nullptr) == HMM_OK);
     return x;
@@ -111,7 +123,8 @@ template <class Real> void exercise(int64_t N, double forbidden, double scale) {
       CHECK(std::fabs(double(found[k]) - double(wanted[k])) <= F::tolerance * (1 + std::fabs(double(wanted[k]))));
   };
   for (bool both_ends : {false, true}) {
-    const Passes<Real> steps = e.in_steps(both_ends);
+    const Passes<Real> steps = e.in_steps(both_ends, 0), replayed = e.in_steps(both_ends, 2);
+    CHECK(steps.log_partition == replayed.log_partition && steps.state == replayed.state && steps.edge == replayed.edge);
     close(steps.log_partition, x.log_partition), close(steps.state, x.state), close(steps.edge, x.edge);
     const int32_t kept = both_ends ? HMM_BOTH_ENDS : HMM_SCALED;
     for (int64_t b = 0; b < e.B; b++) CHECK(steps.method[b] == (scale < 100 || e.lengths[b] == 0 ? kept : HMM_REDONE));

@@ -442,6 +442,11 @@ template <int K> void copy_wait() {
 inline int shared_memory_limit() { return on_cpu::shared_memory_limit; }
 inline int multiprocessors() { return on_cpu::multiprocessors; }
 
+inline int create_stream(void **stream) {
+  *stream = nullptr;
+  return HMM_OK;
+}
+
 inline int fill_zeros(void *data, size_t bytes, void *) {
   if (bytes) memset(data, 0, bytes);
   return HMM_OK;

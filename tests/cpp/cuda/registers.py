@@ -21,7 +21,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from hmm_speech.hmm import cuda, library
+from hmm_speech.hmm import cuda, library, low_rank_cuda, low_rank_ops
 from tests.cpp.cuda.build import HERE, ROOT, SOURCES, imitate
 from tests.cpp.cuda.build import library as build_library
 from tests.hmm.problems import problem
@@ -121,6 +121,17 @@ def _solve(kind: str, states: int, dtype: torch.dtype, time: int = 2) -> None:
     cuda.sample(*scores, torch.rand(4, 2, time, dtype=dtype))
 
 
+def _solve_low_rank(dtype: torch.dtype) -> None:
+    """Both passes through two factors, and what a CUDA graph of their steps ends with."""
+    scores = torch.zeros(3, dtype=dtype), torch.zeros(4, 3, dtype=dtype), torch.zeros(2, 2, 3, dtype=dtype)
+    made, lengths = low_rank_ops.Factors(scores[1], 2), torch.tensor([2, 2])
+    log_partition, alpha, _, method = low_rank_cuda.forward(made, *scores, lengths, None)
+    arguments = made, torch.ones(2, dtype=dtype), *scores, lengths, None, log_partition, alpha, method
+    low_rank_cuda.backward(*arguments, torch.zeros_like(scores[1]), lambda classes, leaving: None)
+    held = torch.zeros(1, dtype=torch.int64)
+    library.cuda().hmm_cuda_steps_advance(1, held.data_ptr(), None)
+
+
 def shared_memory(folder: Path) -> dict[str, int]:
     """The most bytes of shared memory that a launch of each kernel asks for."""
     made, launches = build_library(folder), folder / "launches"
@@ -136,6 +147,7 @@ def shared_memory(folder: Path) -> dict[str, int]:
             imitate(handle, multiprocessors=1)
             _solve("shared", 256, dtype)  # two sequences a block of wide.cu
             imitate(handle)
+            _solve_low_rank(dtype)
             for kind, sizes in STATES.items():
                 for states in sizes:
                     _solve(kind, states, dtype, time=4 if kind == "time-varying" else 2)  # from both ends
