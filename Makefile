@@ -1,10 +1,12 @@
 # make train    set everything up and run the default recipe
-# make test     set everything up and run the tests
+# make test     set everything up and run the tests, a process a core
 # make bench    time the layer beside plain-torch loops
 # make lint     what the style is held to
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+# Processes that the tests are shared out to; 0: none but this one.
+WORKERS ?= auto
 
 .PHONY: train test bench lint clean
 
@@ -12,7 +14,7 @@ train: .venv/installed
 	$(BIN)/python train.py $(ARGS)
 
 test: .venv/installed
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist loadgroup $(ARGS)
 
 bench: .venv/installed
 	$(BIN)/hmm-speech bench $(ARGS)

@@ -2,6 +2,8 @@
 
 import contextlib
 import ctypes
+import fcntl
+import os
 
 import pytest
 import torch
@@ -14,7 +16,14 @@ OPERATORS = ("forward", "backward", "viterbi", "sample")
 
 @pytest.fixture(scope="session")
 def handle(tmp_path_factory):
-    return library.declare_cuda(ctypes.CDLL(str(build.library(tmp_path_factory.mktemp("cuda")))))
+    """Built once, by the first of the processes (pytest-xdist), whose folders are side by side."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cuda"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = build.library(folder)
+    return library.declare_cuda(ctypes.CDLL(str(made)))
 
 
 @pytest.fixture(params=["0", "1", "2"])

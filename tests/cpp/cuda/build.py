@@ -51,8 +51,10 @@ def compiled(folder: Path, sources: list[Path], flags: list[str]) -> list[Path]:
 
 
 def library(folder: Path) -> Path:
-    """A shared library whose hmm_cuda_* run on the CPU, for any stream."""
+    """A shared library whose hmm_cuda_* run on the CPU, for any stream; the one that is there, if there is one."""
     made = folder / "libhmm_cuda_on_cpu.so"
+    if made.exists():
+        return made
     run([compiler(), "-shared", *compiled(folder, SOURCES, ["-O2"]), "-o", made])
     return made
 
