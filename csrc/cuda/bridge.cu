@@ -1,7 +1,7 @@
 // From chunk to chunk by their transfer matrices (transfer.cu), in log space: the log messages that chunks begin and
 // end with, and log Z.
 //
-//   log a_{c+1}(j) = log sum_i exp(log a_c(i) + log M_c(i, j)),  from any row of M_0;  log Z = log sum_j of the last a(j)
+//   log a_{c+1}(j) = log sum_i exp(log a_c(i) + log M_c(i, j)),  from any row of M_0;  log Z = log sum of the last a
 //   log f_{c-1}(i) = log sum_j exp(log M_c(i, j) + log f_c(j)),  from log f = 0
 //
 // Two blocks a sequence, one from each end. log M_c(i, j) comes as a float, near 0 where it is near the largest of its

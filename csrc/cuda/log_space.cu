@@ -15,8 +15,8 @@
 //   S          = sum_ij exp(alpha_{m-1}(i) + phi_m(i, j) + alpha_m(j) - J)                  (join_kernel)
 //
 // In chunks, whose ends transfer.cu and bridge.cu know, each is a chain of its own that a block walks from its front:
-// from the log messages of the frame before it, through the arcs into its first frame, to its last one, to which the log
-// messages from behind are added as final scores are. What is done so is left out of the other kernels.
+// from the log messages of the frame before it, through the arcs into its first frame, to its last one, to which the
+// log messages from behind are added as final scores are. What is done so is left out of the other kernels.
 //
 // Scores pass through shared memory (staging.h). From the front, N / 32 warps or more hold a column a thread, several
 // threads a column for N up to 256; from the end, up to 32 lanes go along a row, as many as a chunk's rows leave. A

@@ -11,9 +11,9 @@
 //   p(z_t = i, z_{t+1} = j | x) = exp(phi_{t+1}(i, j) - C_t - u_t(i) + alpha_{t+1}(j)),
 //   gamma_{t+1}(j) = sum_i p(z_t = i, z_{t+1} = j | x) / what these sum to over j
 //
-// In chunks (log_space.cu), a block a chunk begins with gamma = exp(alpha) of its last frame, and goes on as above to its
-// first one; where edges are asked for, through the arcs into it, too. The alpha before those is found again from norm,
-// since the one that is kept has the messages from behind it added.
+// In chunks (log_space.cu), a block a chunk begins with gamma = exp(alpha) of its last frame, and goes on as above to
+// its first one; where edges are asked for, through the arcs into it, too. The alpha before those is found again from
+// norm, since the one that is kept has the messages from behind it added.
 //
 // Scores pass through shared memory (staging.h). To the front up to 32 lanes go along a row, four rows at once; to the
 // end a column is a thread's, or several threads' for N up to 128, four arcs at once. Cost a step, N^2 arcs: an
@@ -244,8 +244,8 @@ __global__ void __launch_bounds__(Tiled ? kTiledThreads : kMostThreads, (Tiled ?
   if (edge) set(edge + used * N * N, (steps - used) * N * N, Real(0));
 }
 
-// The messages of a chunk's last frame without what comes from behind it, which alpha has: from norm, as the forward pass
-// had them. For a whole warp.
+// The messages of a chunk's last frame without what comes from behind it, which alpha has: from norm, as the forward
+// pass had them. For a whole warp.
 template <class Real>
 __device__ __forceinline__ void messages_of(const Real *norm, const Real *emission, int N, Real *messages) {
   const int lane = threadIdx.x % kWarp;
@@ -263,8 +263,8 @@ __device__ __forceinline__ void messages_of(const Real *norm, const Real *emissi
 // A chunk a block, of the sequences that were done so: chunks.h. Its arcs are those into its frames.
 template <class Real>
 __global__ void __launch_bounds__(kMostThreads, kBlocks<Real>)
-    chunk_backward_kernel(hmm_problem p, Tiling o, const Real *grad, const Real *alpha, const Real *norm, const Real *centre,
-                 const int32_t *method, Real *state, Real *edge) {
+    chunk_backward_kernel(hmm_problem p, Tiling o, const Real *grad, const Real *alpha, const Real *norm,
+                          const Real *centre, const int32_t *method, Real *state, Real *edge) {
   HMM_SHARED_MEMORY(memory);
   const int64_t b = blockIdx.x, chunk = blockIdx.y, T = p.time, N = p.states;
   if (method[b] != HMM_CHUNKS) return;  // the whole block
@@ -312,9 +312,9 @@ int log_space_backward(const hmm_problem &p, const Real *grad, const Real *log_p
                        backward_fixed<Real>(rows.threads, p.states, tiled);
   if constexpr (sizeof(Real) == 4)
     if (by_chunks<Real>(p)) {
-      const int status = launch(chunk_backward_kernel<Real>, dim3(unsigned(p.batch), unsigned(chunks_of(p))), rows.threads,
-                                bytes + carved<Real>(p.states), stream, p, rows, grad, alpha, norm, centre, method,
-                                state, edge);
+      const dim3 grid(unsigned(p.batch), unsigned(chunks_of(p)));
+      const int status = launch(chunk_backward_kernel<Real>, grid, rows.threads, bytes + carved<Real>(p.states), stream,
+                                p, rows, grad, alpha, norm, centre, method, state, edge);
       if (status) return status;
     }
   return launch(tiled ? backward_kernel<Real, true> : backward_kernel<Real, false>, dim3(unsigned(p.batch), 2),

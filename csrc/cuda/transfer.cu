@@ -4,8 +4,8 @@
 //   M_c       = B_s B_{s+1} ... B_{s+K-1}  for chunk c of the frames from s on, each row with a power of 2 of its own
 //
 // From log M_c bridge.cu finds a_{c+1} = a_c M_c, the messages of the frame before chunk c + 1, f_{c-1} = M_c f_c,
-// those into the last frame of chunk c - 1 from behind, and log Z. With log a_c and log f_c in place of what comes before
-// and behind it, chunk c is a chain of its own, which log_space.cu and log_space_back.cu walk as any other.
+// those into the last frame of chunk c - 1 from behind, and log Z. With log a_c and log f_c in place of what comes
+// before and behind it, chunk c is a chain of its own, which log_space.cu and log_space_back.cu walk as any other.
 //
 // A block a chunk; 16 x 16 threads or fewer hold 4 x 4 numbers of M each. The arcs of the next frame come to their
 // registers while those of this one are multiplied. Rows are brought back to 2^90 every fourth frame, by what their
@@ -15,20 +15,20 @@
 //            3,900 from sm_90 on (README.md)
 //   limits   float32, N of at most 64 (53 KB of shared memory); 65,535 chunks; (mixing) is proved for T up to 2^20
 //
-// When are they exact? A number below 2^-126 is lost. Nothing grows beyond 2^122: B_t is at most 1, a row's entries grow
-// by N <= 2^6 a frame, from 2^91 on for five frames, of which the first one is behind what the rescale knows. Two
+// When are they exact? A number below 2^-126 is lost. Nothing grows beyond 2^122: B_t is at most 1, a row's entries
+// grow by N <= 2^6 a frame, from 2^91 on for five frames, of which the first one is behind what the rescale knows. Two
 // certificates, either is enough, if it holds for all chunks of a sequence:
 //  (entrywise) Every allowed B_t(i, j) is at least 2^-100 (69 nats), and no entry of a row that came out larger than 0
-//     is less than 2^-26. Then a product is at least 2^-126 or one of its factors is 0: by induction, an entry is 0 where
-//     no path leads to it and nowhere else, nothing was lost, and all have the relative error of sums of numbers
+//     is less than 2^-26. Then a product is at least 2^-126 or one of its factors is 0: by induction, an entry is 0
+//     where no path leads to it and nowhere else, nothing was lost, and all have the relative error of sums of numbers
 //     larger than 0, N 2^-24 a frame at most.
 //  (mixing) All arcs are allowed, and those of a frame differ by R = 26 bits (18 nats) at most. Let s be the sum of a
-//     row and s' that of the next one before it is rescaled. For the state j with e_t(j) = max e_t, B_t(i, j) >= 2^-R for
-//     all i, hence s' >= 2^-R s, whatever the emissions: after a rescale at least 2^(90 - R), and 2^(90 - 5 R) = 2^-40
+//     row and s' that of the next one before it is rescaled. For the j with e_t(j) = max e_t, B_t(i, j) >= 2^-R for all
+//     i, hence s' >= 2^-R s, whatever the emissions: after a rescale at least 2^(90 - R), and 2^(90 - 5 R) = 2^-40
 //     before the next one. A B_t(i, j) that is lost takes s 2^-126 <= s' 2^(R - 126) out of each of N entries, and a
 //     product N^2 2^-126 <= s' 2^-74 of all. So what is lost is less than 2^-73 of the row. What follows weighs two
 //     entries differently by 2^R at most, since the arcs of the next frame do; after the last frame, whose final scores
-//     B_{L-1} has, not at all. So a frame costs posteriors and Z 2^(R - 73) = 2^-47 of themselves, T frames 2^-27.
+//     B_{L-1} has, not at all. So a frame costs posteriors and Z 2^(R - 73) = 2^-47 of themselves, 2^20 frames 2^-27.
 // NaN reaches all rows, and with them log Z, as +inf does, less itself. Sequences with neither certificate, or whose
 // log Z is not finite, are not done in chunks. a_c and f_c are logarithms: nothing is lost where they are found.
 //
