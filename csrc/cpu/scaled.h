@@ -157,7 +157,7 @@ HMM_INLINE void forward_columns(const Panels<Real> &panels, bool mixing, int64_t
       sum[m] += a;
       store_part(out[m] + j, N - j, a);
       if (mixing || flag[m]) continue;
-      const Int<Real> suspect = (a < smallest) & (weight > Real(0));
+      const Int<Real> suspect = ((a < smallest) | (weight <= kTiny<Real>)) & (weight > Real(0));
       if (any<Real>(suspect)) flag[m] = reachable<Real>(suspect, previous[m], panels.from(j), panels.depth);
     }
 }

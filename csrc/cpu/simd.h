@@ -162,10 +162,10 @@ template <class Real> HMM_INLINE Real max_of(Vec<Real> v) {
   if constexpr (sizeof(Real) == 4) return _mm512_reduce_max_ps((__m512)v);
   else return _mm512_reduce_max_pd((__m512d)v);
 #else
-  for (int k = kLanes<Real> / 2; k > 0; k /= 2) {  // with the lanes k further
-    Int<Real> from;
-    for (int n = 0; n < kLanes<Real>; n++) from[n] = n ^ k;
-    v = larger(v, __builtin_shuffle(v, from));
+  for (int k = kLanes<Real> / 2; k > 0; k /= 2) {
+    Vec<Real> other;  // the lanes k further
+    for (int n = 0; n < kLanes<Real>; n++) other[n] = v[n ^ k];
+    v = larger(v, other);
   }
   return v[0];
 #endif

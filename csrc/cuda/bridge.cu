@@ -71,7 +71,7 @@ struct Quarter {
 };
 
 // Is a sequence whose log Z is `z` certain to be exact in chunks? For a warp.
-__device__ __forceinline__ bool certified(const int32_t *flags, int64_t count, double z) {
+__device__ __forceinline__ bool certified(const int32_t *flags, int64_t count, float z) {
   int32_t all = 0;
   for (int64_t chunk = threadIdx.x % kWarp; chunk < count; chunk += kWarp) all |= flags[chunk];
   const bool far = __any_sync(kAllLanes, all & kDoesNotMix), lost = __any_sync(kAllLanes, all & kMayHaveLost);
@@ -121,11 +121,11 @@ __global__ void __launch_bounds__(kBridge, 1)
     }
   }
   if (from_end || thread >= kWarp) return;  // no barrier follows
-  const double z = taken + log(double(warp_sum(exp(logs.low) + exp(logs.high))));
+  const float z = float(taken + log(double(warp_sum(exp(logs.low) + exp(logs.high)))));
   const bool done = certified(chunks.flags + b * P, count, z);
   if (thread != 0) return;
   chunks.done[b] = done;
-  if (done) log_partition[b] = float(z), method[b] = HMM_CHUNKS;
+  if (done) log_partition[b] = z, method[b] = HMM_CHUNKS;
 }
 
 }  // namespace

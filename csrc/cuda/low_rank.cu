@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int j = threadIdx.x; j < N; j += kThreads) {
     const Real w = a[j], start = s ? Real(0) : weight(initial[j], Real(0), initial_top);
     const Real x = s ? product[j] * w : start * ldexp(Real(1), kTopBits) * w;
-    if (entrywise && x < smallest && w > 0) lost |= s ? reached(between, factors.right + j, N, R) : start > 0;
+    if (entrywise && is_suspect(x, w, smallest)) lost |= s ? reached(between, factors.right + j, N, R) : start > 0;
     a[j] = message[j] = x;
     sum += x;
   }

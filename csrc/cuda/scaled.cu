@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(64 * K, 1)
     exponents += up;
     a = product<K>(arcs, rows.message(s), share) * w * scale;
     if (threadIdx.x == 0) scales[(s + 1) * stride] = scale;
-    if (!mixing) lost |= flushed<K>(arcs, rows.message(s), share, a < smallest * scale && w > 0);
+    if (!mixing) lost |= flushed<K>(arcs, rows.message(s), share, is_suspect(a, w, smallest * scale));
     w = owner && s + 4 < n ? row[ahead] : Real(0);
     row += stride;
     return true;

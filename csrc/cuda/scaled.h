@@ -114,6 +114,11 @@ template <class Real> __device__ __forceinline__ Real at_least_tiny(Real x) {
   return x < Range<Real>::kTiny ? Range<Real>::kTiny : x;
 }
 
+// Is a message suspect of not being what it should: too small, or by a weight that had to be lifted?
+template <class Real> __device__ __forceinline__ bool is_suspect(Real a, Real w, Real smallest) {
+  return w > 0 && (a < smallest || w <= Range<Real>::kTiny);
+}
+
 // exp(e + shift - top), 0 for a forbidden state and at least 2^-126 for others. Large scores may cancel: the sum is
 // compensated (Knuth's two-sum).
 template <class Real> __device__ __forceinline__ Real weight(Real e, Real shift, Real top) {

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const Forward<Real
     const Real w = alpha[row + j];
     const Real start = s ? Real(0) : from_end ? Real(1) : weight(initial[j], Real(0), initial_top);
     const Real a = s ? product[at_b + j] * w * scale : start * ldexp(Real(1), kTopBits) * w;
-    if (!arcs.certificate->mixing && a < smallest * scale && w > 0)
+    if (!arcs.certificate->mixing && is_suspect(a, w, smallest * scale))
       lost |= s ? reachable(arcs.arcs, alpha + before, N, j, from_end) : start > 0;
     alpha[row + j] = message[at_b + j] = a;
     sum += a;

@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (s == most - 1) break;  // the whole block
     reached = a > 0;
     a = s + 1 < n ? joined_slices(room.partial, own.s, own.j) * w * scale : Real(0);
-    suspect = a < smallest * scale && w > 0;
+    suspect = !certificate.mixing && is_suspect(a, w, smallest * scale);
   }
   if (own.in_range) {
     const bool any = __any_sync(kAllLanes, own.owns && lost);

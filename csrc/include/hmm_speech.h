@@ -84,7 +84,7 @@ HMM_API int hmm_viterbi_f64(const hmm_problem *, double *score, double *delta, i
 HMM_API int hmm_topk_f32(const hmm_problem *, int64_t k, float *score, int64_t *states);
 HMM_API int hmm_topk_f64(const hmm_problem *, int64_t k, double *score, int64_t *states);
 
-/* Posterior samples by inverse-CDF backward walks, from the outputs of a forward pass not HMM_BY_ENDS.
+/* Posterior samples by inverse-CDF backward walks, from the outputs of a forward pass not HMM_BY_ENDS or in chunks.
  *   uniform (S, B, T) in [0, 1); states (S, B, T) out, -1 past the end and where no path is feasible. */
 HMM_API int hmm_sample_f32(const hmm_problem *, int64_t samples, const float *log_partition, const float *alpha,
                    const int32_t *method, const float *uniform, int64_t *states);

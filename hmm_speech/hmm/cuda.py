@@ -92,8 +92,9 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def chunks_beside(device: torch.device) -> int:
-    """Chunks that a multiprocessor takes at once."""
-    return 1 + (torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= _TWO_MATRICES)
+    """Chunks that a multiprocessor takes at once; one where torch (before 2.7) does not know of its shared memory."""
+    properties = torch.cuda.get_device_properties(device)
+    return 1 + (getattr(properties, "shared_memory_per_multiprocessor", 0) >= _TWO_MATRICES)
 
 
 class Call(ops._Call):

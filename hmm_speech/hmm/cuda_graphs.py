@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import itertools
 import os
 import threading
@@ -42,7 +41,7 @@ from . import library
 from .products import full_precision
 
 STEPS = 16
-MOST_GRAPHS = 16
+MOST_GRAPHS, MOST_SEEN = 16, 1024
 _MOST_BYTES = 64 << 20
 
 
@@ -91,25 +90,57 @@ class Captured(Walk):
     def capture(self, call, run_now):
         """The graph; None where that failed, with a warning, and no other is tried."""
         run_now("steps_advance", 0, self.held)  # does nothing, but no kernel should be loaded within a capture
-        graph = torch.cuda.CUDAGraph()
+        torch.cuda.current_blas_handle()  # nor should cuBLAS be asked for this thread's handle there
+
+        def steps(run: Callable[..., None]) -> None:
+            for step in range(STEPS):
+                self.step(run, step, self.matrices)
+            run("steps_advance", STEPS, self.held)
+
         try:
-            stream, pool = _place_of_captures(call.device.index)
-            with torch.cuda.stream(stream), full_precision(call.device.type), call.on_stream() as run:
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                try:
-                    for step in range(STEPS):
-                        self.step(run, step, self.matrices)
-                    run("steps_advance", STEPS, self.held)
-                finally:
-                    graph.capture_end()
+            with _captures:
+                if call.device not in _places:
+                    _places[call.device] = Place(call)
+                return _places[call.device].capture(call, steps)
         except RuntimeError as error:
             _turn_off()
             warnings.warn(f"hmm_speech: no CUDA graphs from here on, since a capture failed: {error}", stacklevel=2)
             return None
+
+
+class Place:
+    """Where a device's captures are made: on a stream that no one else has, in one memory pool.
+
+    torch gives a pool up with the last graph in it, and takes it for no other then. So one graph is kept, which does
+    nothing."""
+
+    def __init__(self, call):
+        self.stream, self.pool = _own_stream(call.device), torch.cuda.graph_pool_handle()
+        held = call.empty(library.CUDA_WALK_BYTES, dtype=torch.uint8)
+        self.kept = held, self.capture(call, lambda run: run("steps_advance", 0, held))
+
+    def capture(self, call, launch: Callable[[Callable[..., None]], None]):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self.stream), full_precision(call.device.type), call.on_stream() as run:
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                launch(run)
+            finally:
+                graph.capture_end()
         return graph
 
 
-_kept: OrderedDict[tuple, Captured | None] = OrderedDict()  # by shape, the one used last at the end; None: seen once
+def _own_stream(device: torch.device):
+    handle = ctypes.c_void_p()
+    if status := library.cuda().hmm_cuda_create_stream(ctypes.byref(handle)):
+        raise RuntimeError(f"no stream to capture on: status {status}")
+    return torch.cuda.ExternalStream(handle.value, device=device.index)
+
+
+_places: dict[torch.device, Place] = {}
+_captures = threading.Lock()  # one at a time: a pool takes what one capture allocates
+_kept: OrderedDict[tuple, Captured] = OrderedDict()  # by shape, the one used last at the end
+_seen: OrderedDict[tuple, None] = OrderedDict()  # shapes that came
 _lock = threading.Lock()
 _failed = False
 
@@ -117,21 +148,14 @@ _failed = False
 def _turn_off() -> None:
     global _failed
     _failed = True
+    clear()
 
 
 def clear() -> None:
     """Forgets all graphs and shapes."""
     with _lock:
         _kept.clear()
-
-
-@functools.cache
-def _place_of_captures(index: int):
-    """A stream of the current device that no one else has, and a memory pool."""
-    handle = ctypes.c_void_p()
-    if status := library.cuda().hmm_cuda_create_stream(ctypes.byref(handle)):
-        raise RuntimeError(f"no stream to capture on: status {status}")
-    return torch.cuda.ExternalStream(handle.value, device=index), torch.cuda.graph_pool_handle()
+        _seen.clear()
 
 
 def on_default_stream(device: torch.device) -> bool:
@@ -148,12 +172,18 @@ def _graphed(call, name: str, groups: int, rows: int, widths: tuple[int, ...], s
     key = (call.device, call.dtype, name, groups, rows, widths)
     with _lock:
         found = _kept.get(key)
-        if key in _kept and found is None:
+        if found is None and key not in _seen:
+            _seen[key] = None
+            while len(_seen) > MOST_SEEN:
+                _seen.popitem(last=False)
+            return None
+        if found is None:
             found = Captured(call, name, groups, rows, widths)
-        _kept[key] = found
+            _kept[key] = found
         _kept.move_to_end(key)
         while len(_kept) > MOST_GRAPHS:
-            _kept.popitem(last=False)
+            dropped, _ = _kept.popitem(last=False)
+            _seen.pop(dropped, None)
     return found
 
 

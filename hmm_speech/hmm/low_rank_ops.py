@@ -22,7 +22,8 @@ message's sum is below 2^31, s_t is the sum before it is scaled.
     less than 2 N R 2^(31 - m), whose posterior is below N R 2^(B + 32 - m) / s_t. Over T frames this is less than 2^-p
     if s_t >= T N R 2^(B + 32 - m + p).
  (entrywise) Every class and state that can be reached has a sum of at least 2^(32 - m), to which N lost terms are
-    N 2^-32: nothing was lost. What is smaller, and reached by an allowed arc from what is not 0, fails.
+    N 2^-32, and a weight above 2^-m, to which smaller ones are lifted: nothing was lost or made up. What is smaller,
+    and reached by an allowed arc from what is not 0, fails.
 Backward, lost terms of v are below N 2^-m, of b below R N 2^-m; a < 2^31, and 1 / G_{t-1} is what a_t was scaled by, at
 most 2^31 / s_t: their posterior is below R N 2^(62 - m) / s_t, and s_t >= T N R 2^(62 - m + p) is asked for, too.
 Either way, no allowed entry of L and R may be below 2^(26 - m). Sequences that fail are done again in log space in

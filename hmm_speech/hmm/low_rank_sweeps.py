@@ -52,7 +52,8 @@ def _weights(made, emission, lengths, final) -> tuple[Tensor, Tensor]:
 def _reached_and_lost(made, alpha, half, weights, total, inside, initial) -> Tensor:
     """(B,): whether the entrywise certificate fails. Scaling by 2^30 / s_t is undone in the comparison."""
     smallest = 2.0 ** SMALLEST_ENTRY[alpha.dtype]
-    suspect = (alpha < (smallest * 2.0**TOP / total).unsqueeze(-1)) & (weights > 0)
+    lifted = weights <= torch.finfo(weights.dtype).tiny
+    suspect = ((alpha < (smallest * 2.0**TOP / total).unsqueeze(-1)) | lifted) & (weights > 0)
     suspect_class = (half < smallest) & inside.unsqueeze(-1)
     lost = (suspect[:, 0] & (initial > -INF)).any(-1)
     left, right = (made.left > 0).to(alpha.dtype), (made.right > 0).to(alpha.dtype)

@@ -29,6 +29,7 @@ class Device:
         self.handle, self.bmm, self.default_stream = handle, torch.bmm, True
         self.calls: list | None = None  # of the graph that is being captured
         self.graphs: list = []  # captured, each a weak reference
+        self.pool: list = []  # the same, and what keeps the pool
         self.replays = 0
 
     def __getattr__(self, name):
@@ -80,13 +81,16 @@ class Graph:
 
     def capture_begin(self, pool=None, capture_error_mode="global"):
         assert pool == "pool" and capture_error_mode == "thread_local" and self.device.calls is None
+        assert not self.device.pool or any(graph() for graph in self.device.pool), "torch has given the pool up"
         self.device.calls = self.calls
         self.watch.__enter__()
 
     def capture_end(self):
         self.watch.__exit__(None, None, None)
         self.device.calls = None
-        self.device.graphs.append(weakref.ref(self))
+        self.device.pool.append(weakref.ref(self))
+        if len(self.calls) > 1:  # not the one that keeps the pool
+            self.device.graphs.append(weakref.ref(self))
 
     def replay(self):
         assert self.device.calls is None and self.calls
@@ -102,7 +106,10 @@ def device(on_cpu, handle, monkeypatch):
     monkeypatch.setattr(torch, "bmm", made.product)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", made.graph)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(cuda_graphs, "_place_of_captures", lambda index: ("stream", "pool"))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: None)
+    monkeypatch.setattr(cuda_graphs, "_own_stream", lambda device: "stream")
+    monkeypatch.setattr(cuda_graphs, "_places", {})
     monkeypatch.setattr(cuda_graphs, "on_default_stream", lambda device: made.default_stream)
     monkeypatch.setattr(cuda_graphs, "_failed", False)
     cuda_graphs.clear()

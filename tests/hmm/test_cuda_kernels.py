@@ -271,6 +271,19 @@ def test_a_flushed_state_that_wins_later(on_cpu):
              "lengths": None, "final": None})  # fmt: skip
 
 
+@pytest.mark.parametrize("states", [26, 140, 257])
+@pytest.mark.parametrize("time", [13, 40])
+def test_a_weight_that_was_lifted_is_not_believed(on_cpu, monkeypatch, states, time):
+    """From the start to 16 states, from these to C and to 8 others, which have a weight of e^-500 there and win later:
+    lifted to 2^-126, it stands before a product of 16 times what a message may have, and is no small number."""
+    monkeypatch.setattr(cuda, "walk_both_ends", lambda *_: False)
+    arcs, initial = torch.full((states, states), -INF), torch.full((states,), -INF)
+    arcs[0, 1:17], arcs[1:17, 17:26], arcs[17, 17], arcs[18:26, 18:26] = 0, 0, 0, 0
+    emission = torch.zeros(1, time, states)
+    initial[0], emission[0, 2, 18:], emission[0, 3:, 17] = 0, -500, -10
+    compare({"initial": initial, "transition": arcs, "emission": emission, "lengths": None, "final": None})
+
+
 def test_mixing_chains_stay_scaled(on_cpu):
     arguments = problem(8, 30, 20, "shared", 1, torch.float32)
     arguments["transition"] = arguments["transition"].log_softmax(-1)

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hmm_speech.hmm import HMM, LowRank, library, low_rank_cuda, low_rank_ops, low_rank_sweeps
 from tests.hmm.problems import INF
-from tests.hmm.test_low_rank import KINDS, compare, low_rank, mapped, solve
+from tests.hmm.test_low_rank import KINDS, compare, low_rank, many_classes_into_a_vanishing_state, mapped, solve
 
 REDONE = library.REDONE
 
@@ -103,6 +103,13 @@ def test_a_flushed_state_that_wins_later():
     emission[0, :25, 0], emission[0, 25:125, 1], emission[0, 125:, 0] = 8, 8, 8
     arguments = {"initial": torch.zeros(2), "transition": LowRank(apart, apart), "emission": emission}
     arguments |= {"lengths": torch.tensor([150]), "final": None}
+    assert methods(arguments) == [REDONE]
+    compare(arguments)
+
+
+@pytest.mark.parametrize("time", [12, 60])
+def test_a_weight_that_was_lifted_is_not_believed(time):
+    arguments = many_classes_into_a_vanishing_state(time=time)
     assert methods(arguments) == [REDONE]
     compare(arguments)
 

@@ -104,6 +104,29 @@ def test_a_flushed_state_that_wins_later():
     assert backend().redone > before
 
 
+def many_classes_into_a_vanishing_state(classes=8, others=8, time=12):
+    """From the start all classes lead to A and to others, which have a weight of e^-500 there and win later: lifted to
+    2^-126, it stands before a product of `classes` times what a message may have, and is no small number."""
+    states, rank = 2 + others, classes + 2
+    left, right = torch.full((states, rank), -INF), torch.full((rank, states), -INF)
+    left[0, :classes], right[:classes, 1:] = 0, 0
+    left[1, classes] = right[classes, 1] = 0  # A stays
+    left[2:, classes + 1] = right[classes + 1, 2:] = 0  # the others stay among themselves
+    initial, emission = torch.full((states,), -INF), torch.zeros(1, time, states)
+    initial[0], emission[0, 1, 2:], emission[0, 2:, 1] = 0, -500, -10
+    lengths = torch.tensor([time])
+    return {"initial": initial, "transition": LowRank(left, right), "emission": emission, "lengths": lengths,
+            "final": None}  # fmt: skip
+
+
+@pytest.mark.parametrize(("classes", "others", "time"), [(8, 8, 12), (4, 16, 11), (8, 8, 60)])
+@pytest.mark.parametrize("native", [True, False])
+def test_a_weight_that_was_lifted_is_not_believed(monkeypatch, classes, others, time, native):
+    if not native:
+        monkeypatch.setattr(library, "use_native", lambda *_: False)
+    compare(many_classes_into_a_vanishing_state(classes, others, time))
+
+
 @pytest.mark.parametrize("bits", [20, 40, 60, 77, 100])
 def test_left_factors_of_any_range(bits):
     """A state that hardly any path takes wins since only it has a way on: beyond the certificate it is redone."""
