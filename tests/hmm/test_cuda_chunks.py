@@ -1,5 +1,7 @@
 """Transitions that vary over time in chunks of frames, all at once, by the kernels for GPUs (csrc/cuda/transfer.cu)."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -172,3 +174,12 @@ def test_what_chunks_cost():
     assert not chosen(8, 3000, 50, 31) and chosen(8, 3000, 50, 32) and not chosen(8, 3000, 65, 1000)
     assert not any(chosen(*shape, 50, 132, 2) for shape in ((0, 100), (1, 0), (1, 1), (1, 2), (1000, 100)))
     assert library.Problem().chunk_frames == 0
+
+
+def test_chunks_beside_each_other_need_room_that_torch_knows_of(monkeypatch):
+    """torch tells of a multiprocessor's shared memory from 2.7 on."""
+    for known, beside in (({"shared_memory_per_multiprocessor": 164 << 10}, 2),
+                          ({"shared_memory_per_multiprocessor": 64 << 10}, 1), ({}, 1)):  # fmt: skip
+        properties = SimpleNamespace(multi_processor_count=108, **known)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
+        assert cuda.chunks_beside("cuda:0") == beside
