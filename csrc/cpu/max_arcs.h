@@ -32,12 +32,12 @@ template <class Real> struct MaxArcs {
     }
     for (int64_t i0 = 0; i0 < N; i0 += kBlock)
       for (int64_t j = 0; j < N; j++) {  // from the panels, whose rows are not a power of two apart
-        const Real *column = packed + j / P * P * N + j % P;
+        const Real *column = from(j);
         for (int64_t i = i0; i < i0 + kBlock && i < N; i++) columns[j * padded + i] = column[i * P];
       }
-    if (with_tops) find_tops();
     for (int64_t j = 0; j < N; j++)
       for (int64_t i = N; i < padded; i++) columns[j * padded + i] = ninf;
+    if (with_tops) find_tops();
   }
   bool allocated() const { return packed.data && columns.data && tops.data; }
   // The packed vector of columns that begins with column j, of row 0; rows are kPanel apart.

@@ -35,9 +35,9 @@
 //     product below 2^-126; so what is lost or made up at t is below N^2 2^-95, against the sum s_t before rescaling, and
 //     its posterior below N^2 2^(R - 95) / s_t. With s_t >= T N^2 2^(R - 95 + 24) demanded, frames add up to less than 2^-24.
 //  (entrywise) Every state that can be reached has a message of at least 2^-94, hence a relative error of at most N 2^-32,
-//     and a weight that is above 2^-126, to which smaller ones are lifted: nothing was lost or made up. Another state is reachable if an allowed arc leads to it from a state whose
-//     message is not 0; then the sequence is redone (redo.h). A zero sum alone would not show that, since a state
-//     that was lost may win later.
+//     and a weight that is above 2^-126, to which smaller ones are lifted: nothing was lost or made up. Another state is
+//     reachable if an allowed arc leads to it from a state whose message is not 0; then the sequence is redone (redo.h). A
+//     zero sum alone would not show that, since a state that was lost may win later.
 // Backward, messages satisfy sum a b = 1; with a in [2^-94, 2^31] and s_t >= 2^-18 an entry that is lost has a
 // posterior below 2^(31 - 126 + 30 + 18) = 2^-47. Double precision: the same with the bits of Range<double>.
 //

@@ -197,7 +197,7 @@ bool topk_sequence(const Sequence<Real> &q, const MaxArcs<Real> *arcs, int64_t w
       const int64_t states = by_falling_score(delta, N, order);
       for (int64_t j = 0; j < N; j += W) {
         Extension<Real> fixed[K ? K : 1], *const best = K ? fixed : listed.data;
-        if (arcs) extend<K, Real>(arcs->packed + j / P * P * N + j % P, P, N - j, delta, order, states, padded, k, best);
+        if (arcs) extend<K, Real>(arcs->from(j), P, N - j, delta, order, states, padded, k, best);
         else extend<K, Real>(q.arcs(t) + j, N, N - j, delta, order, states, padded, k, best);
         for (int64_t r = 0; r < k; r++) {
           store(next + r * padded + j, best[r].score);

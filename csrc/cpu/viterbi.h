@@ -50,11 +50,11 @@ HMM_INLINE void max_product(const Real *const *x, const Real *packed, int64_t K,
 // out[m](j) = max_i (previous[m](i) + phi(i, j)) for M sequences.
 template <int M, class Real>
 void max_step(const MaxArcs<Real> &arcs, const Real *const *previous, Real *const *out) {
-  constexpr int P = kPanel<Real>, W = kLanes<Real>, B = kVectors<M>;
+  constexpr int W = kLanes<Real>, B = kVectors<M>;
   auto columns = [&](auto width, int64_t j0) {
     constexpr int b = decltype(width)::value;
     Vec<Real> acc[M][b];
-    max_product<M, b, Real>(previous, arcs.packed + j0 / P * P * arcs.N + j0 % P, arcs.N, acc);
+    max_product<M, b, Real>(previous, arcs.from(j0), arcs.N, acc);
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 16

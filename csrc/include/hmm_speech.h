@@ -240,8 +240,8 @@ HMM_API int hmm_low_rank_backward_f64(const hmm_low_rank *, const double *grad, 
  * messages from the end, maximum 0, and norm + centre the log-sum over the next state, and of frames 0 and L-1 centre
  * holds what the halves meet with (csrc/cuda/log_space.cu). Where chunk_frames is more than 0 too, sequences of more frames
  * may be done in chunks of as many (csrc/cuda/transfer.cu; float only, N up to 64): HMM_CHUNKS is HMM_LOG_SPACE, but that
- * alpha of a chunk's last frame has the log messages from behind it added, and its maximum is 0 then. `workspace` is hmm_cuda_workspace() bytes, from
- * whose start on nothing is kept between calls. */
+ * alpha of a chunk's last frame has the log messages from behind it added, and its maximum is 0 then. `workspace` is
+ * hmm_cuda_workspace() bytes, from whose start on nothing is kept between calls. */
 #define HMM_CUDA_MOST_STATES 8192
 #define HMM_CUDA_MOST_STATES_VARYING 4096 /* where time_varying is 1 */
 enum hmm_cuda_pass { HMM_CUDA_FORWARD = 0, HMM_CUDA_BACKWARD = 1 };

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from . import cuda_graphs, library, ops
 
-_FORWARD, _BACKWARD = 0, 1  # enum hmm_cuda_pass
 _CUDA_ERROR = 1000  # HMM_CUDA_ERROR
 _NO_KERNEL_IMAGE = 209  # cudaErrorNoKernelImageForDevice
 _lib = torch.library.Library("hmm_speech", "IMPL", "CUDA")
@@ -195,7 +194,7 @@ def forward(initial, transition, emission, lengths, final, both_ends=True):
     log_partition, alpha, norm = call.empty(batch), call.empty(*call.shape), call.empty(*call.shape)
     centre, method = call.empty(batch, time), call.empty(batch, dtype=torch.int32)
     with call.on_stream() as run:
-        workspace = call.workspace(_FORWARD)
+        workspace = call.workspace(library.CUDA_FORWARD)
         if not call.in_steps:
             run("forward", log_partition, alpha, norm, centre, method, workspace)
         else:
@@ -214,7 +213,7 @@ def backward(grad, initial, transition, emission, lengths, final, log_partition,
     messages = (log_partition, alpha, norm, centre, method)
     outputs = (state, edge if edges else None)
     with call.on_stream() as run:
-        workspace = call.workspace(_BACKWARD)
+        workspace = call.workspace(library.CUDA_BACKWARD)
         if not call.in_steps:
             run("backward", grad, *messages, *outputs, workspace)
         else:

@@ -18,8 +18,8 @@ def _doubled(p: Chain, q: Chain) -> tuple[Wide, Wide]:
     scores."""
     p, q = p.map(Tensor.double), (None if q is p else q.map(Tensor.double))
     if isinstance(p, BandedChain) and (q is None or p.same_diagonals(q)):
-        return p, p if q is None else q
-    if isinstance(p, ActiveChain) and (q is None or p.same_states(q)):
+        wide, other = p, q
+    elif isinstance(p, ActiveChain) and (q is None or p.same_states(q)):
         wide, other = p.slots(), None if q is None else q.slots()
     else:
         wide, other = p.dense(), None if q is None else q.dense()

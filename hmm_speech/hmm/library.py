@@ -22,6 +22,7 @@ ABI_VERSION = 5
 REDONE = 1  # HMM_REDONE
 BY_SEQUENCES, BY_ENDS, BY_STEPS = 0, 1, 2  # enum hmm_sharing
 CUDA_MOST_STATES, CUDA_MOST_STATES_VARYING = 8192, 4096  # HMM_CUDA_MOST_STATES, and with a time axis
+CUDA_FORWARD, CUDA_BACKWARD = 0, 1  # enum hmm_cuda_pass
 CUDA_WALK_BYTES = 512  # HMM_CUDA_WALK_BYTES
 CUDA_KERNELS = frozenset({"forward", "backward", "viterbi", "sample", "low_rank"})  # on a GPU; of dense chains, but one
 REBUILD = "rebuild it with `pip install -e .` (or `pip install .`) in the clone; it needs a C++20 compiler"

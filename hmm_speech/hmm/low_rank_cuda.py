@@ -15,8 +15,6 @@ from torch import Tensor
 from . import cuda, cuda_graphs, library
 from .products import full_precision
 
-_FORWARD, _BACKWARD = 0, 1  # enum hmm_cuda_pass
-
 
 class _Call(cuda.Call):
     def __init__(self, made, initial, factors, emission, lengths, final):
@@ -57,7 +55,7 @@ def forward(made, initial, factors, emission, lengths, final):
     if not time:
         return log_partition, alpha, half, method
     with call.on_stream() as run:
-        workspace = call.workspace(_FORWARD)
+        workspace = call.workspace(library.CUDA_FORWARD)
         with call.walk("forward") as walk:
             message, between, product = walk.messages
             run("low_rank_begin", alpha, half, between, product, message, walk.held, workspace)
@@ -78,7 +76,7 @@ def backward(
     if not time:
         return state
     with call.on_stream() as run:
-        workspace = call.workspace(_BACKWARD)
+        workspace = call.workspace(library.CUDA_BACKWARD)
         with call.walk("backward") as walk:
             message, between, product = walk.messages
             buffers = (between, product, message, walk.held, workspace)

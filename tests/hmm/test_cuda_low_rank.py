@@ -1,15 +1,22 @@
 """Chains through two factors by the kernels for GPUs, executed on the CPU (tests/cpp/cuda/on_cpu.h), against dense
 twins in float64."""
 
-import math
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hmm_speech.hmm import HMM, LowRank, library, low_rank_cuda, low_rank_ops, low_rank_sweeps
 from tests.hmm.problems import INF
-from tests.hmm.test_low_rank import KINDS, compare, low_rank, many_classes_into_a_vanishing_state, mapped, solve
+from tests.hmm.test_low_rank import (
+    KINDS,
+    a_narrow_way_on,
+    compare,
+    low_rank,
+    many_classes_into_a_vanishing_state,
+    mapped,
+    solve,
+    states_that_never_meet,
+)
 
 REDONE = library.REDONE
 
@@ -98,11 +105,7 @@ def test_emissions_far_apart_where_arcs_mix(kind, gap):
 
 
 def test_a_flushed_state_that_wins_later():
-    apart = torch.full((2, 2), -INF).fill_diagonal_(0)
-    emission = torch.zeros(1, 150, 2)
-    emission[0, :25, 0], emission[0, 25:125, 1], emission[0, 125:, 0] = 8, 8, 8
-    arguments = {"initial": torch.zeros(2), "transition": LowRank(apart, apart), "emission": emission}
-    arguments |= {"lengths": torch.tensor([150]), "final": None}
+    arguments = states_that_never_meet()
     assert methods(arguments) == [REDONE]
     compare(arguments)
 
@@ -116,14 +119,7 @@ def test_a_weight_that_was_lifted_is_not_believed(time):
 
 @pytest.mark.parametrize("bits", [20, 60, 77, 100])
 def test_left_factors_of_any_range(bits):
-    left = torch.zeros(3, 2)
-    left[0, 1] = left[1, 1] = -bits * math.log(2)
-    right = torch.tensor([[0.0, 0.0, -300.0], [-300.0, -300.0, 0.0]])
-    emission = torch.zeros(2, 6, 3)
-    emission[0, 2:, :2] = -150
-    emission[1, 3:, 2] = 90
-    compare({"initial": torch.zeros(3), "transition": LowRank(left, right), "emission": emission, "lengths": None,
-             "final": None})  # fmt: skip
+    compare(a_narrow_way_on(bits))
 
 
 @pytest.mark.parametrize("shift", [1000.0, -1000.0])
