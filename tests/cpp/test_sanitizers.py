@@ -1,29 +1,24 @@
 """The C interface under AddressSanitizer with UBSan, and under ThreadSanitizer, for each instruction set."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 
-from tests.cpp.cuda.build import run, two_at_a_time
-
-ROOT = Path(__file__).resolve().parents[2]
-FLAGS = {"address": "-fsanitize=address,undefined -fno-sanitize-recover=all", "thread": "-fsanitize=thread"}
-
+from tests.cpp.cuda.build import ROOT, SANITIZERS, run, two_at_a_time
 
 PROGRAMS = ("exercise", "exercise_best_paths", "exercise_halves", "exercise_semi_markov", "exercise_active",
             "exercise_banded", "exercise_low_rank")  # fmt: skip
 
 
 def built(folder, sanitizer):
-    flags = f"{FLAGS[sanitizer]} -O1 -g1 -fno-omit-frame-pointer"
+    flags = [*SANITIZERS[sanitizer], "-g1", "-fno-omit-frame-pointer"]
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None or shutil.which("cmake") is None:
         pytest.skip("no C++ compiler or no cmake here")
-    configure = ["cmake", "-S", str(ROOT / "csrc"), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_CXX_FLAGS={flags}"]
+    configure = ["cmake", "-S", str(ROOT / "csrc"), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_CXX_FLAGS={' '.join(flags)}"]
     run([*configure, "-DCMAKE_BUILD_TYPE=None", "-DHMM_SPEECH_CUDA=OFF", f"-DCMAKE_CXX_COMPILER={compiler}"])
     run(["cmake", "--build", str(folder)])
-    command = [compiler, "-std=c++20", *flags.split(), f"-I{ROOT / 'csrc/include'}"]
+    command = [compiler, "-std=c++20", *flags, f"-I{ROOT / 'csrc/include'}"]
     link = [f"-L{folder}", "-lhmm_speech", f"-Wl,-rpath,{folder}"]
     two_at_a_time(
         lambda name: run([*command, str(ROOT / f"tests/cpp/{name}.cpp"), *link, "-o", str(folder / name)]), PROGRAMS
@@ -31,9 +26,13 @@ def built(folder, sanitizer):
     return [folder / name for name in PROGRAMS]
 
 
-@pytest.mark.parametrize("sanitizer", FLAGS)
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_the_c_interface(tmp_path, sanitizer):
-    programs = built(tmp_path, sanitizer)
-    for instructions in ("", "avx2", "portable"):
+    """Threads meet alike in all instruction sets: under ThreadSanitizer, this machine's best."""
+    programs, done = built(tmp_path, sanitizer), set()
+    for instructions in ("", "avx2", "portable") if sanitizer == "address" else ("",):
+        if instructions in done:
+            continue
         said = two_at_a_time(lambda program, isa=instructions: run([program], HMM_SPEECH_ISA=isa).strip(), programs)
-        assert instructions != "portable" or set(said) == {"portable"}
+        assert len(set(said)) == 1 and instructions in ("", said[0])
+        done.add(said[0])

@@ -3,18 +3,8 @@
 #include <algorithm>
 
 #include "../exercise.h"
-#include "counts.cu"
-#include "log_space.cu"
-#include "log_space_back.cu"
-#include "redo.cu"
-#include "sample.cu"
-#include "viterbi.cu"
-
-// No problem here asks for chunks: exercise_chunks.cpp.
-namespace hmm {
-int transfer(const hmm_problem &, const Chunks &, void *) { return HMM_INVALID_ARGUMENT; }
-int bridge(const hmm_problem &, const Chunks &, float *, int32_t *, void *) { return HMM_INVALID_ARGUMENT; }
-}  // namespace hmm
+#include "kernels.h"
+#include "on_cpu.h"
 
 namespace {
 
