@@ -19,6 +19,7 @@ template <class Real> struct Sequence {
   const Real *initial, *transition, *emission, *final;  // emission and final may be null
   int64_t length, states, transition_stride;
 
+  Sequence() = default;
   Sequence(const hmm_problem &p, int64_t b)
       : initial((const Real *)p.initial + b * p.initial_batch_stride),
         transition((const Real *)p.transition + b * p.transition_batch_stride),

@@ -63,11 +63,24 @@ template <class Real> HMM_INLINE Vec<Real> load(const Real *p) {
 }
 template <class Real> HMM_INLINE void store(Real *p, Vec<Real> v) { std::memcpy(p, &v, sizeof v); }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// All ones in the first n lanes, n less than the number of lanes.
+HMM_INLINE __m256i first_lanes_of_8(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n < 0 ? 0 : int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+HMM_INLINE __m256i first_lanes_of_4(int64_t n) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+#endif
+
 // The first n lanes from memory (n may be <= 0 or >= the number of lanes), `fill` in the others.
 HMM_INLINE Vec<float> load_part(const float *p, int64_t n, float fill) {
   if (n >= kLanes<float>) return load(p);
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), n <= 0 ? 0 : __mmask16((1u << n) - 1), p);
+#elif defined(__AVX2__)
+  const __m256i lanes = first_lanes_of_8(n);
+  return (Vec<float>)_mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, lanes), _mm256_castsi256_ps(lanes));
 #else
   Vec<float> v = splat(fill);
   for (int64_t k = 0; k < n; k++) v[k] = p[k];
@@ -78,6 +91,9 @@ HMM_INLINE Vec<double> load_part(const double *p, int64_t n, double fill) {
   if (n >= kLanes<double>) return load(p);
 #if defined(__AVX512F__)
   return (Vec<double>)_mm512_mask_loadu_pd(_mm512_set1_pd(fill), n <= 0 ? 0 : __mmask8((1u << n) - 1), p);
+#elif defined(__AVX2__)
+  const __m256i lanes = first_lanes_of_4(n);
+  return (Vec<double>)_mm256_blendv_pd(_mm256_set1_pd(fill), _mm256_maskload_pd(p, lanes), _mm256_castsi256_pd(lanes));
 #else
   Vec<double> v = splat(fill);
   for (int64_t k = 0; k < n; k++) v[k] = p[k];
@@ -88,6 +104,18 @@ HMM_INLINE void store_part(float *p, int64_t n, Vec<float> v) {
   if (n >= kLanes<float>) return store(p, v);
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(p, n <= 0 ? 0 : __mmask16((1u << n) - 1), (__m512)v);
+#elif defined(__AVX2__)  // in parts: a masked store is slow on AMD's
+  if (n <= 0) return;
+  __m128 part = _mm256_castps256_ps128((__m256)v);
+  if (n & 4) {
+    _mm_storeu_ps(p, part);
+    part = _mm256_extractf128_ps((__m256)v, 1), p += 4;
+  }
+  if (n & 2) {
+    _mm_storel_epi64((__m128i *)p, _mm_castps_si128(part));
+    part = _mm_movehl_ps(part, part), p += 2;
+  }
+  if (n & 1) _mm_store_ss(p, part);
 #else
   for (int64_t k = 0; k < n; k++) p[k] = v[k];
 #endif
@@ -96,6 +124,14 @@ HMM_INLINE void store_part(double *p, int64_t n, Vec<double> v) {
   if (n >= kLanes<double>) return store(p, v);
 #if defined(__AVX512F__)
   _mm512_mask_storeu_pd(p, n <= 0 ? 0 : __mmask8((1u << n) - 1), (__m512d)v);
+#elif defined(__AVX2__)
+  if (n <= 0) return;
+  __m128d part = _mm256_castpd256_pd128((__m256d)v);
+  if (n & 2) {
+    _mm_storeu_pd(p, part);
+    part = _mm256_extractf128_pd((__m256d)v, 1), p += 2;
+  }
+  if (n & 1) _mm_store_sd(p, part);
 #else
   for (int64_t k = 0; k < n; k++) p[k] = v[k];
 #endif
@@ -143,6 +179,15 @@ template <class Real> HMM_INLINE Real sum_of(Vec<Real> v) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(Real) == 4) return _mm512_reduce_add_ps((__m512)v);
   else return _mm512_reduce_add_pd((__m512d)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Real) == 4) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  } else {
+    const __m128d s = _mm_add_pd(_mm256_castpd256_pd128((__m256d)v), _mm256_extractf128_pd((__m256d)v, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+  }
 #else
   Real s = 0;
   for (int k = 0; k < kLanes<Real>; k++) s += v[k];
@@ -161,6 +206,15 @@ template <class Real> HMM_INLINE Real max_of(Vec<Real> v) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(Real) == 4) return _mm512_reduce_max_ps((__m512)v);
   else return _mm512_reduce_max_pd((__m512d)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Real) == 4) {
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+  } else {
+    const __m128d m = _mm_max_pd(_mm256_castpd256_pd128((__m256d)v), _mm256_extractf128_pd((__m256d)v, 1));
+    return _mm_cvtsd_f64(_mm_max_sd(m, _mm_unpackhi_pd(m, m)));
+  }
 #else
   for (int k = kLanes<Real> / 2; k > 0; k /= 2) {
     Vec<Real> other;  // the lanes k further
@@ -174,6 +228,15 @@ template <class Real> HMM_INLINE int64_t min_of(Int<Real> v) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(Real) == 4) return _mm512_reduce_min_epi32((__m512i)v);
   else return _mm512_reduce_min_epi64((__m512i)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Real) == 4) {
+    __m128i m = _mm_min_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    m = _mm_min_epi32(m, _mm_unpackhi_epi64(m, m));
+    return _mm_cvtsi128_si32(_mm_min_epi32(m, _mm_srli_epi64(m, 32)));
+  } else {
+    const int64_t a = v[0] < v[1] ? v[0] : v[1], b = v[2] < v[3] ? v[2] : v[3];
+    return a < b ? a : b;
+  }
 #else
   int64_t m = v[0];
   for (int k = 1; k < kLanes<Real>; k++) m = v[k] < m ? v[k] : m;

@@ -111,7 +111,10 @@ void viterbi_group(const hmm_problem &p, const MaxArcs<Real> *arcs, PrunedStep<R
   Real *const next = scratch, *const idle = next + kGroup * padded, *const into = idle + padded;
   double offset[kGroup] = {};
   bool lost[kGroup] = {};  // no path is feasible, or some score is NaN
-  auto row = [&](int m, int64_t t) { return delta + (group.index[m] * p.time + t) * N; };
+  Sequence<Real> sequence[kGroup];
+  Real *first[kGroup];  // rows of delta
+  for (int m = 0; m < group.size; m++)
+    sequence[m] = Sequence<Real>(p, group.index[m]), first[m] = delta + group.index[m] * p.time * N;
   for (int64_t t = 0; t < longest; t++) {
     int live[kGroup], n = 0;
     for (int m = 0; m < group.running(t); m++)
@@ -120,17 +123,17 @@ void viterbi_group(const hmm_problem &p, const MaxArcs<Real> *arcs, PrunedStep<R
     const Real *previous[kGroup];
     Real *out[kGroup];
     for (int k = 0; k < kGroup; k++) {  // rows past the live ones repeat the first
-      previous[k] = row(live[k < n ? k : 0], t - (t > 0));
+      previous[k] = first[live[k < n ? k : 0]] + (t - (t > 0)) * N;
       out[k] = k < n ? next + k * padded : idle;
     }
     if (t == 0)
       for (int k = 0; k < n; k++) {
-        const Sequence<Real> q(p, group.index[live[k]]);
+        const Sequence<Real> &q = sequence[live[k]];
         const Real top = row_max<Real, Real>(q.initial, N);
         for (int64_t j = 0; j < N; j += W) store(out[k] + j, load_part(q.initial + j, N - j, ninf) - top);
         offset[live[k]] = double(top);
       }
-    else if (!arcs) max_step(Sequence<Real>(p, group.index[0]).arcs(t), previous[0], N, out[0]);
+    else if (!arcs) max_step(sequence[0].arcs(t), previous[0], N, out[0]);
     else if (pruned && pruned->worthwhile()) {
       for (int k = 0; k < n; k++) pruned->step(live[k], previous[k], out[k]);
       pruned->finish();
@@ -141,11 +144,11 @@ void viterbi_group(const hmm_problem &p, const MaxArcs<Real> *arcs, PrunedStep<R
     else max_step<1>(*arcs, previous, out);
     for (int k = 0; k < n; k++) {
       const int m = live[k];
-      const Sequence<Real> q(p, group.index[m]);
+      const Sequence<Real> &q = sequence[m];
       if (t + kAhead < q.length && p.emission) prefetch<false>(q.frame(t + kAhead), N);
       if (t > 0 && arcs && arcs->invalid) offset[m] = std::numeric_limits<double>::quiet_NaN();
       lost[m] = !centre_row<Real, Real>(out[k], q.emission ? q.frame(t) : nullptr, t == q.length - 1 ? q.final : nullptr,
-                                        N, row(m, t), offset[m]);
+                                        N, first[m] + t * N, offset[m]);
     }
   }
   for (int m = 0; m < group.size; m++) {  // the maximum of the last delta is 0
@@ -157,14 +160,15 @@ void viterbi_group(const hmm_problem &p, const MaxArcs<Real> *arcs, PrunedStep<R
     for (int m = 0; m < group.running(t); m++) {
       if (lost[m]) continue;
       int64_t *const path = states + group.index[m] * p.time + t;
-      const Sequence<Real> q(p, group.index[m]);
+      const Sequence<Real> &q = sequence[m];
+      const Real *const row = first[m] + t * N;
       const Real *column = into;
       if (t == q.length - 1) clear(into, padded);
       else if (arcs) column = arcs->columns + path[1] * padded;
       else
         for (int64_t i = 0; i < N; i++) into[i] = q.arcs(t + 1)[i * N + path[1]];
-      if (t >= kAhead) prefetch<false>(row(m, t - kAhead), N);
-      path[0] = best_state<Real>(row(m, t), column, N);
+      if (t >= kAhead) prefetch<false>(row - kAhead * N, N);
+      path[0] = best_state<Real>(row, column, N);
     }
 }
 
