@@ -12,11 +12,12 @@ PROGRAMS = ("exercise", "exercise_best_paths", "exercise_halves", "exercise_semi
 
 def built(folder, sanitizer):
     flags = [*SANITIZERS[sanitizer], "-g1", "-fno-omit-frame-pointer"]
+    options = [f"-DCMAKE_CXX_FLAGS={' '.join(flags)}", "-DCMAKE_BUILD_TYPE=None", "-DHMM_SPEECH_CUDA=OFF"]
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None or shutil.which("cmake") is None:
         pytest.skip("no C++ compiler or no cmake here")
-    configure = ["cmake", "-S", str(ROOT / "csrc"), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_CXX_FLAGS={' '.join(flags)}"]
-    run([*configure, "-DCMAKE_BUILD_TYPE=None", "-DHMM_SPEECH_CUDA=OFF", f"-DCMAKE_CXX_COMPILER={compiler}"])
+    configure = ["cmake", "-S", str(ROOT / "csrc"), "-B", str(folder), "-G", "Ninja"]
+    run([*configure, *options, f"-DCMAKE_CXX_COMPILER={compiler}"])
     run(["cmake", "--build", str(folder)])
     command = [compiler, "-std=c++20", *flags, f"-I{ROOT / 'csrc/include'}"]
     link = [f"-L{folder}", "-lhmm_speech", f"-Wl,-rpath,{folder}"]
