@@ -6,13 +6,15 @@ import inspect
 import pickle
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hmm_speech.configuration import ALLOWED_TARGETS
 from hmm_speech.errors import UserError
-from hmm_speech.module import SpeechHMM
+
+if TYPE_CHECKING:
+    from hmm_speech.module import SpeechHMM
 
 
 def load(checkpoint: str | PathLike[str], allowed: Sequence[str] = ALLOWED_TARGETS) -> SpeechHMM:
@@ -25,6 +27,8 @@ def load(checkpoint: str | PathLike[str], allowed: Sequence[str] = ALLOWED_TARGE
         UserError: there is no such file, it is no checkpoint of this package, or a class in it is not allowed.
     """
     content = read_checkpoint(checkpoint)
+    from hmm_speech.module import SpeechHMM  # with Lightning, which takes seconds: not before there is what to load
+
     values = {k: v for k, v in content["hyper_parameters"].items() if k in inspect.signature(SpeechHMM).parameters}
     try:
         module = SpeechHMM(**values, allowed=allowed)

@@ -26,9 +26,9 @@ def test_every_kernel_is_there_for_every_architecture(kernels):
             assert sorted(k.architecture for k in found if k.name == name) == [*registers.ARCHITECTURES], (file, name)
 
 
-def test_registers_are_those_of_the_table(kernels, tmp_path):
+def test_registers_are_those_of_the_table(kernels, cuda_on_cpu, tmp_path):
     """A change that costs a kernel registers or shared memory, and with them warps, is seen."""
     expected = registers.TABLE.read_text()
     if f"nvcc {registers.release()}:" not in expected.splitlines()[0]:
         pytest.skip(f"{registers.TABLE.name} was written by another nvcc than {registers.release()}")
-    assert registers.table(kernels, registers.shared_memory(tmp_path)) == expected, REGENERATE
+    assert registers.table(kernels, registers.shared_memory(cuda_on_cpu, tmp_path)) == expected, REGENERATE

@@ -2,28 +2,18 @@
 
 import contextlib
 import ctypes
-import fcntl
-import os
 
 import pytest
 import torch
 
 from hmm_speech.hmm import cuda, library
-from tests.cpp.cuda import build
 
 OPERATORS = ("forward", "backward", "viterbi", "sample")
 
 
 @pytest.fixture(scope="session")
-def handle(tmp_path_factory):
-    """Built once, by the first of the processes (pytest-xdist), whose folders are side by side."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cuda"
-    folder.mkdir(exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        made = build.library(folder)
-    return library.declare_cuda(ctypes.CDLL(str(made)))
+def handle(cuda_on_cpu):
+    return library.declare_cuda(ctypes.CDLL(str(cuda_on_cpu)))
 
 
 @pytest.fixture(params=["0", "1", "2"])
