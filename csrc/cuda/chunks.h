@@ -3,6 +3,7 @@
 #pragma once
 #include "kernels.h"
 #include "staging.h"
+#include "walks.h"
 
 namespace hmm {
 
@@ -13,10 +14,6 @@ template <class Real> bool by_chunks(const hmm_problem &p) {
   return sizeof(Real) == 4 && p.time_varying && p.states <= kChunkStates && p.chunk_frames > 0 &&
          p.time > p.chunk_frames && (p.time - 1) / p.chunk_frames < 65535;
 }
-__host__ __device__ inline int64_t chunks_of(const hmm_problem &p) {
-  return (p.time + p.chunk_frames - 1) / p.chunk_frames;
-}
-
 struct Span {
   int64_t first, frames;  // frames: 0 or less where a sequence has no such chunk
   bool last;

@@ -8,7 +8,7 @@ namespace hmm {
 namespace {
 
 bool valid(const hmm_problem *p) {
-  if (!p || p->batch < 0 || p->time < 0 || p->states < 1 || p->chunk_frames < 0) return false;
+  if (!p || p->batch < 0 || p->time < 0 || p->states < 1 || p->chunk_frames < 0 || p->warm_up < 0) return false;
   if (p->states > (p->time_varying ? HMM_CUDA_MOST_STATES_VARYING : HMM_CUDA_MOST_STATES)) return false;
   if (p->batch > 0x7fffffff || p->batch * p->time > int64_t(0x7fffffff) * 8) return false;  // the grids' first axes
   return p->batch == 0 ||

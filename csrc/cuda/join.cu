@@ -5,7 +5,7 @@
 //   log Z = log Z' + sum_t (centre_t + max c) + the tops of initial and final scores - log 2^(30 walks + sum of k)
 //
 // One block a sequence: N^2 arcs read from the caches, 4 L bytes of centres. Limits: none on N or T.
-#include "scaled.h"
+#include "scaled_chunks.h"
 
 namespace hmm {
 namespace {
@@ -26,15 +26,29 @@ __device__ __forceinline__ double joined_sum(const Real *a, const Real *arcs, co
   return block_sum<kThreads>(all, part);
 }
 
+// What was taken out of the scores of a sequence of L > 0 frames. Barriers.
+template <class Real>
+__device__ __forceinline__ double taken_out(const hmm_problem &p, int64_t b, const Real *centre, double arcs_top,
+                                            Real *part, double *part_double) {
+  double taken = 0;
+  for (int64_t t = threadIdx.x; t < p.lengths[b]; t += kThreads)
+    taken += double(centre[b * p.time + t]) + (t ? arcs_top : 0);
+  taken = block_sum<kThreads>(taken, part_double);
+  taken += double(top_of(static_cast<const Real *>(p.initial) + b * p.initial_batch_stride, p.states, part));
+  if (p.final) taken += double(top_of(static_cast<const Real *>(p.final) + b * p.final_batch_stride, p.states, part));
+  return taken;
+}
+
 template <class Real>
 __global__ void __launch_bounds__(kThreads, 1)
     join_kernel(hmm_problem p, const Carried *carried, const Real *alpha, Real *norm, const Real *centre,
-                void *workspace, Real *log_partition, int32_t *method) {
+                void *workspace, Real *log_partition, int32_t *method, const int32_t *done) {
   HMM_SHARED_MEMORY(at);
   Real *part = carve<Real>(at, kThreads / kWarp);
   double *part_double = carve<double>(at, kThreads / kWarp);
   const int N = p.states;
   const int64_t b = blockIdx.x, L = p.lengths[b], row = b * p.time * N;
+  if (done && done[b]) return;  // the whole block
   const bool both = p.sharing == HMM_BY_ENDS;
   const int64_t middle = meeting(L, both);
   if (L == 0) {  // the whole block
@@ -42,12 +56,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
   const Arcs<Real> arcs = arcs_of<Real>(p, workspace, b);
-  const double arcs_top = double(arcs.certificate->top);
-  double taken = 0;
-  for (int64_t t = threadIdx.x; t < L; t += kThreads) taken += double(centre[b * p.time + t]) + (t ? arcs_top : 0);
-  taken = block_sum<kThreads>(taken, part_double);
-  taken += double(top_of(static_cast<const Real *>(p.initial) + b * p.initial_batch_stride, N, part));
-  if (p.final) taken += double(top_of(static_cast<const Real *>(p.final) + b * p.final_batch_stride, N, part));
+  const double taken = taken_out(p, b, centre, double(arcs.certificate->top), part, part_double);
   carried += 2 * b;
   int64_t exponents = carried[0].exponents + kTopBits;
   bool lost = carried[0].lost;
@@ -63,19 +72,108 @@ __global__ void __launch_bounds__(kThreads, 1)
   log_partition[b] = Real(taken - double(exponents) * kLn2 + log(z));
 }
 
+// The same of a sequence's chunks, a warp each in turn. Z' = sum_j a_{L-1}(j), times the factor of each chunk's first
+// message to the one that it arrives with, by which norm[b, t, 0] of a chunk's first frame is corrected.
+template <class Real>
+__global__ void __launch_bounds__(kThreads, 1)
+    join_chunks_kernel(hmm_problem p, ScaledChunks<Real> chunks, const Real *alpha, Real *norm, const Real *centre,
+                       void *workspace, Real *log_partition, int32_t *method) {
+  HMM_SHARED_MEMORY(at);
+  Real *part = carve<Real>(at, kThreads / kWarp);
+  double *part_double = carve<double>(at, kThreads / kWarp);
+  const int N = p.states, lane = threadIdx.x % kWarp;
+  const int64_t b = blockIdx.x, L = p.lengths[b], row = b * p.time * N, P = chunks_of(p);
+  if (L == 0) {  // the whole block
+    if (threadIdx.x == 0) method[b] = HMM_SCALED, log_partition[b] = 0, chunks.done[b] = 1;
+    return;
+  }
+  const double taken = taken_out(p, b, centre, double(arcs_of<Real>(p, workspace, b).certificate->top), part,
+                                 part_double);
+  const int64_t last = (L - 1) / p.chunk_frames;
+  const Carried *carried = chunks.carried + b * P;
+  double logs = 0, wrong = 0;  // alike in a warp
+  for (int64_t chunk = threadIdx.x / kWarp; chunk <= last; chunk += kThreads / kWarp) {
+    wrong += carried[chunk].lost;
+    logs -= double(carried[chunk].exponents) * kLn2;
+    if (chunk == 0) continue;
+    const int64_t first = row + chunk * p.chunk_frames * N;
+    const Real *expected = alpha + first - N, *arrived = chunks.arrived + (b * P + chunk) * N;
+    Real sum = 0, sum_of_arrived = 0;
+    for (int j = lane; j < N; j += kWarp) sum += expected[j], sum_of_arrived += arrived[j];
+    sum = warp_sum(sum), sum_of_arrived = warp_sum(sum_of_arrived);
+    const Real factor = sum_of_arrived / sum;
+    bool same = true;
+    for (int j = lane; j < N; j += kWarp) {
+      const Real x = expected[j] * factor;
+      same &= fabs(arrived[j] - x) <= ldexp(x, -kSameBits<Real>) + Range<Real>::kTiny;
+    }
+    if (__any_sync(kAllLanes, !same)) wrong += 1;
+    if (lane == 0) norm[first] *= factor;
+    logs -= log(double(factor));
+  }
+  logs = block_sum<kThreads>(lane == 0 ? logs : 0, part_double);
+  wrong = block_sum<kThreads>(lane == 0 ? wrong : 0, part_double);
+  if (threadIdx.x != 0) return;  // no barrier follows
+  chunks.done[b] = wrong == 0;
+  if (wrong > 0) return;
+  const double z = carried[last].total;
+  norm[row] = Real(1 / z);
+  method[b] = HMM_SCALED;
+  log_partition[b] = Real(taken + logs - kTopBits * kLn2 + log(z));
+}
+
+// Are the posteriors that each chunk arrives with those of the chunk behind? A warp a chunk in turn.
+template <class Real>
+__global__ void __launch_bounds__(kThreads, 1)
+    join_chunks_back_kernel(hmm_problem p, ScaledChunks<Real> chunks, const int32_t *method) {
+  HMM_SHARED_MEMORY(at);
+  Real *part = carve<Real>(at, kThreads / kWarp);
+  const int N = p.states, lane = threadIdx.x % kWarp;
+  const int64_t b = blockIdx.x, L = p.lengths[b], P = chunks_of(p);
+  Real wrong = 0;
+  if (method[b] == HMM_SCALED)
+    for (int64_t chunk = threadIdx.x / kWarp; (chunk + 1) * p.chunk_frames < L; chunk += kThreads / kWarp) {
+      const Real *arrived = chunks.arrived + (b * P + chunk) * N, *expected = chunks.left + (b * P + chunk + 1) * N;
+      Real difference = 0;
+      for (int i = lane; i < N; i += kWarp) difference += fabs(arrived[i] - expected[i]);
+      difference = warp_sum(difference);
+      if (!(difference <= ldexp(Real(1), -kSameBits<Real>))) wrong += 1;
+    }
+  wrong = block_sum<kThreads>(lane == 0 ? wrong : Real(0), part);
+  if (threadIdx.x == 0) chunks.done[b] = method[b] == HMM_SCALED && wrong == 0;
+}
+
 }  // namespace
 
 template <class Real>
 int join(const hmm_problem &p, const Carried *carried, Real *log_partition, const Real *alpha, Real *norm,
-         const Real *centre, int32_t *method, void *workspace, void *stream) {
+         const Real *centre, int32_t *method, const int32_t *done, void *workspace, void *stream) {
   return launch(join_kernel<Real>, dim3(unsigned(p.batch)), kThreads,
                 carved<Real>(kThreads / kWarp) + carved<double>(kThreads / kWarp), stream, p, carried, alpha, norm,
+                centre, workspace, log_partition, method, done);
+}
+
+template <class Real>
+int join_chunks(const hmm_problem &p, const ScaledChunks<Real> &chunks, Real *log_partition, const Real *alpha,
+                Real *norm, const Real *centre, int32_t *method, void *workspace, void *stream) {
+  return launch(join_chunks_kernel<Real>, dim3(unsigned(p.batch)), kThreads,
+                carved<Real>(kThreads / kWarp) + carved<double>(kThreads / kWarp), stream, p, chunks, alpha, norm,
                 centre, workspace, log_partition, method);
 }
 
-template int join<float>(const hmm_problem &, const Carried *, float *, const float *, float *, const float *,
-                         int32_t *, void *, void *);
-template int join<double>(const hmm_problem &, const Carried *, double *, const double *, double *, const double *,
-                          int32_t *, void *, void *);
+template <class Real>
+int join_chunks_back(const hmm_problem &p, const ScaledChunks<Real> &chunks, const int32_t *method, void *stream) {
+  return launch(join_chunks_back_kernel<Real>, dim3(unsigned(p.batch)), kThreads, carved<Real>(kThreads / kWarp),
+                stream, p, chunks, method);
+}
+
+#define HMM_INSTANTIATE(Real)                                                                                          \
+  template int join<Real>(const hmm_problem &, const Carried *, Real *, const Real *, Real *, const Real *, int32_t *, \
+                          const int32_t *, void *, void *);                                                            \
+  template int join_chunks<Real>(const hmm_problem &, const ScaledChunks<Real> &, Real *, const Real *, Real *,        \
+                                 const Real *, int32_t *, void *, void *);                                             \
+  template int join_chunks_back<Real>(const hmm_problem &, const ScaledChunks<Real> &, const int32_t *, void *);
+HMM_INSTANTIATE(float)
+HMM_INSTANTIATE(double)
 
 }  // namespace hmm

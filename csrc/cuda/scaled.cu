@@ -30,7 +30,7 @@
 //              none. 32 threads for 8 states.
 //
 // Compiled for sm_75 to sm_120 and executed on the CPU by the tests; not timed on a GPU.
-#include "scaled.h"
+#include "scaled_chunks.h"
 
 namespace hmm {
 namespace {
@@ -158,23 +158,26 @@ __device__ __forceinline__ void end_walk(bool lost, int64_t exponents, int32_t *
   carried.exponents = exponents, carried.lost = redo;
 }
 
-// One block a walk: the grid's second axis has the halves. alpha holds w and gets a (from the end, b); norm[b, t, 0]
-// gets 2^k_t.
-template <int K, class Real>
+// One block a walk: the grid's second axis has the halves, or the chunks. alpha, which may be w, gets a (from the end, b);
+// norm[b, t, 0] gets 2^k_t. Halves leave alone what is done in chunks.
+template <int K, bool InChunks, class Real>
 __global__ void __launch_bounds__(64 * K, 1)
-    forward_kernel(hmm_problem p, void *workspace, Real *alpha, Real *norm, Carried *carried) {
+    forward_kernel(hmm_problem p, void *workspace, const Real *w, Real *alpha, Real *norm, Carried *carried,
+                   ScaledChunks<Real> chunks) {
   HMM_SHARED_MEMORY(at);
   const Rows<K, Real> rows(at);
   Real *reduced = carve<Real>(at, 2 * K);
   int32_t *flags = carve<int32_t>(at, 2 * K);
   const int N = p.states;
   const auto [lane, warp, share, j, owner, writer] = place(N);
-  const bool from_end = blockIdx.y == 1;
-  const int64_t b = blockIdx.x;
-  const Walk walk = walk_from_ends(p.lengths[b], gridDim.y == 2, from_end);
+  const bool from_end = !InChunks && blockIdx.y == 1;
+  const int64_t b = blockIdx.x, chunk = b * gridDim.y + blockIdx.y;
+  if (!InChunks && chunks.done && chunks.done[b]) return;  // the whole block
+  const Walk walk = InChunks ? walk_along_chunk(p, p.lengths[b], blockIdx.y)
+                             : walk_from_ends(p.lengths[b], gridDim.y == 2, from_end);
   if (walk.frames == 0) return;  // the whole block
   const Arcs<Real> packed = arcs_of<Real>(p, workspace, b);
-  carried += 2 * b + from_end;
+  carried += InChunks ? chunk : 2 * b + from_end;
 
   Real arcs[4 * K];  // of column j, or row
   hold<K>(packed.arcs + (from_end ? j * N : j), from_end ? 1 : N, owner ? N : 0, share, arcs);
@@ -184,14 +187,18 @@ __global__ void __launch_bounds__(64 * K, 1)
   bool lost = !packed.certificate->usable;
 
   const int64_t stride = walk.step * N, n = walk.frames, ahead = 4 * stride;
-  Real *row = alpha + (b * p.time + walk.first) * N + (owner ? j : 0);  // of step s
+  int64_t own = (b * p.time + walk.first) * N + (owner ? j : 0);  // of step s
   Real *scales = norm + (b * p.time + walk.first) * N;
-  const auto weight_of = [&](int64_t s) { return owner && s < n ? row[s * stride] : Real(0); };
+  const auto weight_of = [&](int64_t s) { return owner && s < n ? w[own + s * stride] : Real(0); };
   Real a = 0;  // a_t of column j, alike in its lanes
   int64_t exponents = 0;
-  // Hands on a_t and goes on to the next frame; w holds its weight, then that of 3 frames later. False after the last.
-  const auto step = [&](int64_t s, Real &w) {
-    if (writer) rows.message(s)[j] = *row = a;
+  // Hands on a_t and goes on to the next frame; v holds its weight, then that of 3 frames later. False after the last.
+  const auto step = [&](int64_t s, Real &v) {
+    if (writer) {
+      rows.message(s)[j] = a;
+      if (!InChunks || s >= walk.warm_up) alpha[own] = a;
+      else if (s == walk.warm_up - 1) chunks.arrived[chunk * N + j] = a;
+    }
     const Real sum = sum_of_owners(a);
     if (lane == 0) rows.part(s)[warp] = sum;
 #if HMM_MUTATION != 11
@@ -199,6 +206,7 @@ __global__ void __launch_bounds__(64 * K, 1)
 #endif
     const Real total = sum_of_warps<K>(rows.part(s));
     lost |= !(total >= least);
+    if (InChunks && s == walk.warm_up - 1) exponents = 0, lost = !packed.certificate->usable;
     if (s == n - 1) {
       if (threadIdx.x == 0) carried->total = double(total);
       return false;
@@ -206,15 +214,15 @@ __global__ void __launch_bounds__(64 * K, 1)
     const int up = correction(total);
     const Real scale = up ? ldexp(Real(1), up) : Real(1);
     exponents += up;
-    a = product<K>(arcs, rows.message(s), share) * w * scale;
-    if (threadIdx.x == 0) scales[(s + 1) * stride] = scale;
-    if (!mixing) lost |= flushed<K>(arcs, rows.message(s), share, is_suspect(a, w, smallest * scale));
-    w = owner && s + 4 < n ? row[ahead] : Real(0);
-    row += stride;
+    a = product<K>(arcs, rows.message(s), share) * v * scale;
+    if (threadIdx.x == 0 && (!InChunks || s + 1 >= walk.warm_up)) scales[(s + 1) * stride] = scale;
+    if (!mixing) lost |= flushed<K>(arcs, rows.message(s), share, is_suspect(a, v, smallest * scale));
+    v = owner && s + 4 < n ? w[own + ahead] : Real(0);
+    own += stride;
     return true;
   };
   Real w_0 = weight_of(0), w_1 = weight_of(1), w_2 = weight_of(2);
-  const Real start = first_number(p, b, j, from_end, reduced);
+  const Real start = first_number(p, b, j, from_end || walk.first > 0, reduced);
   a = start * ldexp(Real(1), kTopBits) * w_0;
   lost |= !mixing && a < smallest && start > 0 && w_0 > 0;
   w_0 = weight_of(3);
@@ -223,21 +231,25 @@ __global__ void __launch_bounds__(64 * K, 1)
   end_walk(lost, exponents, flags, *carried);
 }
 
-// One block a walk. w holds w_t and gets 2^k_t w_t b_t (the second half: 2^k_t w_t a_t), what the counts need.
-template <int K, class Real>
+// One block a walk. `counted`, which may be w, gets 2^k_t w_t b_t (the second half: 2^k_t w_t a_t), what the counts need.
+template <int K, bool InChunks, class Real>
 __global__ void __launch_bounds__(64 * K, 1)
     backward_kernel(hmm_problem p, void *workspace, const Real *grad, const Real *alpha, const Real *norm,
-                    const int32_t *method, Real *w, Real *state) {
+                    const int32_t *method, const Real *w, Real *counted, Real *state, ScaledChunks<Real> chunks) {
   HMM_SHARED_MEMORY(at);
   const Rows<K, Real> rows(at);
   const int N = p.states;
   const auto [lane, warp, share, i, owner, writer] = place(N);
-  const bool to_end = blockIdx.y == 1;
-  const int64_t b = blockIdx.x, L = p.lengths[b], T = p.time;
-  if (method[b] != HMM_SCALED && method[b] != HMM_BOTH_ENDS) return;  // the whole block
-  const Walk walk = walk_to_ends(L, method[b] == HMM_BOTH_ENDS, to_end);
-  if (writer && !to_end)
-    for (int64_t t = L; t < T; t++) state[(b * T + t) * N + i] = 0;
+  const bool to_end = !InChunks && blockIdx.y == 1;
+  const int64_t b = blockIdx.x, L = p.lengths[b], T = p.time, chunk = b * gridDim.y + blockIdx.y;
+  if (method[b] != HMM_SCALED && (InChunks || method[b] != HMM_BOTH_ENDS)) return;  // the whole block
+  if (!InChunks && chunks.done && chunks.done[b]) return;                            // the whole block
+  const Walk walk =
+      InChunks ? walk_back_in_chunk(p, L, blockIdx.y) : walk_to_ends(L, method[b] == HMM_BOTH_ENDS, to_end);
+  if (writer && !to_end) {
+    const int64_t begin = InChunks ? blockIdx.y * p.chunk_frames : 0, end = InChunks ? begin + p.chunk_frames : T;
+    for (int64_t t = max(L, begin); t < min(end, T); t++) state[(b * T + t) * N + i] = 0;
+  }
   if (walk.frames == 0) return;  // the whole block
   const Arcs<Real> packed = arcs_of<Real>(p, workspace, b);
 
@@ -247,17 +259,20 @@ __global__ void __launch_bounds__(64 * K, 1)
   const int64_t n = walk.frames, stride = walk.step * N, ahead = 3 * stride;
   int64_t own = (b * T + walk.first) * N + (owner ? i : 0), own_scale = (b * T + walk.first) * N;
   const auto number_of = [&](const Real *x, int64_t s) { return owner && s < n ? x[own + s * stride] : Real(0); };
-  const auto scale_of = [&](int64_t s) { return s < n - 1 ? norm[own_scale + s * stride] : Real(1); };
+  const int64_t scales = InChunks && blockIdx.y > 0 ? n : n - 1;  // frame 0 has none
+  const auto scale_of = [&](int64_t s) { return s < scales ? norm[own_scale + s * stride] : Real(1); };
   const Real upstream = grad[b];
   Real a_0 = number_of(alpha, 0), a_1 = number_of(alpha, 1), a_2 = number_of(alpha, 2);
   Real v_0 = number_of(w, 0), v_1 = number_of(w, 1), v_2 = number_of(w, 2);
   Real scale_0 = scale_of(0), scale_1 = scale_of(1), scale_2 = scale_of(2);
-  Real later = norm[b * T * N];  // 1 / Z; then 2^k of the frame before
+  const Real sum_of_first = InChunks ? sum_of_owners(a_0) : Real(0);
   __syncthreads();
   if (writer && walk.meets) rows.message(-1)[i] = alpha[own - stride];
+  if (InChunks && lane == 0) rows.part(-1)[warp] = sum_of_first;
 #if HMM_MUTATION != 15
   __syncthreads();
 #endif
+  Real later = InChunks ? 1 / sum_of_warps<K>(rows.part(-1)) : norm[b * T * N];  // 1 / Z; then 2^k of the frame before
 
   // gamma_t and what the next frame needs; a, v and scale hold those of t, then of 3 frames later. Returns false after
   // the last.
@@ -268,8 +283,9 @@ __global__ void __launch_bounds__(64 * K, 1)
     // 1 / g to first order: g is 1 but for a step's rounding.
     const Real beta = a > 0 ? y * (later * (Real(2) - g)) : Real(0), gamma = a * beta, u = v * beta;
     if (writer) {
-      state[own] = upstream * gamma;
-      w[own] = scale * u;
+      if (!InChunks || s >= walk.warm_up) state[own] = upstream * gamma, counted[own] = scale * u;
+      else if (s == walk.warm_up - 1) chunks.arrived[chunk * N + i] = gamma;
+      if (InChunks && s == n - 1) chunks.left[chunk * N + i] = gamma;
       rows.message(s)[i] = u;
     }
     const Real sum = sum_of_owners(gamma);
@@ -277,7 +293,7 @@ __global__ void __launch_bounds__(64 * K, 1)
     later = scale;
     const bool more = owner && s + 3 < n;
     a = more ? alpha[own + ahead] : Real(0), v = more ? w[own + ahead] : Real(0);
-    scale = s + 4 < n ? norm[own_scale + ahead] : Real(1);
+    scale = s + 3 < scales ? norm[own_scale + ahead] : Real(1);
     own += stride, own_scale += stride;
 #if HMM_MUTATION != 12
     __syncthreads();
@@ -309,43 +325,65 @@ template <> int64_t scaled_states<float>() { return kWideStates; }
 template <> int64_t scaled_states<double>() { return 96; }
 static bool wide(const hmm_problem &p) { return p.states > 128; }
 
-// The arcs, as wide.cu has them too where it does the walks; then what the walks carry, or the backward pass's w.
+// The arcs, as wide.cu has them too where it does the walks; then what the walks carry, or what the counts need.
 template <class Real> static Real *behind_arcs(const hmm_problem &p, void *workspace) {
   return reinterpret_cast<Real *>(static_cast<char *>(workspace) + matrices(p) * Arcs<Real>::bytes(p.states));
 }
-template <class Real> size_t scaled_workspace(const hmm_problem &p, bool backward) {
+template <class Real> static size_t before_chunks(const hmm_problem &p, bool backward) {
   const size_t arcs = size_t(matrices(p) * Arcs<Real>::bytes(p.states)) + (wide(p) ? wide_bytes(p) : 0);
-  return arcs + (backward ? sizeof(Real) * size_t(p.batch * p.time * p.states) : 2 * sizeof(Carried) * size_t(p.batch));
+  const size_t walks = backward ? sizeof(Real) * size_t(p.batch * p.time * p.states) : 2 * sizeof(Carried) * size_t(p.batch);
+  return (arcs + walks + 15) / 16 * 16;
+}
+template <class Real> size_t scaled_workspace(const hmm_problem &p, bool backward) {
+  return before_chunks<Real>(p, backward) + (scaled_by_chunks<Real>(p) ? ScaledChunks<Real>::bytes(p) : 0);
 }
 template <class Real> Real *scaled_messages(const hmm_problem &p, void *workspace) {
   return behind_arcs<Real>(p, workspace) + (wide(p) ? wide_bytes(p) / sizeof(Real) : 0);
 }
+template <class Real> static ScaledChunks<Real> chunks_in(const hmm_problem &p, bool backward, void *workspace) {
+  if (!scaled_by_chunks<Real>(p)) return ScaledChunks<Real>();
+  return ScaledChunks<Real>(p, static_cast<char *>(workspace) + before_chunks<Real>(p, backward));
+}
+static dim3 chunk_walks(const hmm_problem &p) { return dim3(unsigned(p.batch), unsigned(chunks_of(p))); }
 
 template <class Real>
 int scaled_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Real *norm, Real *centre, int32_t *method,
                    void *workspace, void *stream) {
   Carried *carried = reinterpret_cast<Carried *>(scaled_messages<Real>(p, workspace));
-  int status = prepare(p, true, centre, alpha, workspace, stream);
+  const ScaledChunks<Real> chunks = chunks_in<Real>(p, false, workspace);
+  Real *w = chunks.weights ? chunks.weights : alpha;
+  int status = prepare(p, true, centre, w, workspace, stream);
   if (status) return status;
   if constexpr (sizeof(Real) == 4)
     if (wide(p)) {
       status = wide_forward(p, workspace, behind_arcs<Real>(p, workspace), alpha, norm, carried, stream);
-      return status ? status : join(p, carried, log_partition, alpha, norm, centre, method, workspace, stream);
+      return status ? status : join(p, carried, log_partition, alpha, norm, centre, method, nullptr, workspace, stream);
     }
   status = with_width<Real>(p.states, [&](auto width) {
     constexpr int K = decltype(width)::value;
     const size_t shared = Rows<K, Real>::bytes() + carved<Real>(2 * K) + carved<int32_t>(2 * K);
+    const int threads = threads_of(p.states);
     const dim3 walks(unsigned(p.batch), p.sharing == HMM_BY_ENDS ? 2 : 1);
-    return launch(forward_kernel<K, Real>, walks, threads_of(p.states), shared, stream, p, workspace, alpha, norm,
-                  carried);
+    int launched = HMM_OK;
+    if (chunks.done) {
+      launched = launch(forward_kernel<K, true, Real>, chunk_walks(p), threads, shared, stream, p, workspace, w, alpha,
+                        norm, chunks.carried, chunks);
+      if (!launched) launched = join_chunks(p, chunks, log_partition, alpha, norm, centre, method, workspace, stream);
+    }
+    if (launched) return launched;
+    return launch(forward_kernel<K, false, Real>, walks, threads, shared, stream, p, workspace, w, alpha, norm, carried,
+                  chunks);
   });
-  return status ? status : join(p, carried, log_partition, alpha, norm, centre, method, workspace, stream);
+  if (status) return status;
+  return join(p, carried, log_partition, alpha, norm, centre, method, chunks.done, workspace, stream);
 }
 
 template <class Real>
 int scaled_backward(const hmm_problem &p, const Real *grad, const Real *alpha, const Real *norm, const Real *centre,
                     const int32_t *method, Real *state, void *workspace, void *stream) {
-  Real *w = scaled_messages<Real>(p, workspace);
+  Real *counted = scaled_messages<Real>(p, workspace);
+  const ScaledChunks<Real> chunks = chunks_in<Real>(p, true, workspace);
+  Real *w = chunks.weights ? chunks.weights : counted;
   const int status = prepare(p, false, const_cast<Real *>(centre), w, workspace, stream);
   if (status) return status;
   if constexpr (sizeof(Real) == 4)
@@ -353,8 +391,17 @@ int scaled_backward(const hmm_problem &p, const Real *grad, const Real *alpha, c
       return wide_backward(p, workspace, behind_arcs<Real>(p, workspace), grad, alpha, norm, method, w, state, stream);
   return with_width<Real>(p.states, [&](auto width) {
     constexpr int K = decltype(width)::value;
-    return launch(backward_kernel<K, Real>, dim3(unsigned(p.batch), 2), threads_of(p.states), Rows<K, Real>::bytes(),
-                  stream, p, workspace, grad, alpha, norm, method, w, state);
+    const size_t shared = Rows<K, Real>::bytes();
+    const int threads = threads_of(p.states);
+    int launched = HMM_OK;
+    if (chunks.done) {
+      launched = launch(backward_kernel<K, true, Real>, chunk_walks(p), threads, shared, stream, p, workspace, grad,
+                        alpha, norm, method, w, counted, state, chunks);
+      if (!launched) launched = join_chunks_back(p, chunks, method, stream);
+    }
+    if (launched) return launched;
+    return launch(backward_kernel<K, false, Real>, dim3(unsigned(p.batch), 2), threads, shared, stream, p, workspace,
+                  grad, alpha, norm, method, w, counted, state, chunks);
   });
 }
 

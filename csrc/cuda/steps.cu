@@ -183,7 +183,7 @@ template <class Real> int steps_forward(const hmm_problem &p, int64_t step, cons
 template <class Real>
 int steps_end(const hmm_problem &p, Real *log_partition, const Real *alpha, Real *norm, const Real *centre,
               int32_t *method, void *workspace, void *stream) {
-  return join(p, carried<Real>(p, workspace), log_partition, alpha, norm, centre, method, workspace, stream);
+  return join(p, carried<Real>(p, workspace), log_partition, alpha, norm, centre, method, nullptr, workspace, stream);
 }
 
 template <class Real>

@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-#define HMM_ABI_VERSION 5
+#define HMM_ABI_VERSION 6
 #define HMM_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -49,6 +49,7 @@ typedef struct hmm_problem {
   int32_t threads;      /* at least 1 */
   int32_t sharing;      /* enum hmm_sharing */
   int32_t chunk_frames; /* of a chunk, 0 for none: on a GPU, the same in hmm_cuda_forward and hmm_cuda_backward */
+  int32_t warm_up;      /* at least 0: where time_varying is 0, frames that a chunk's walk begins early (csrc/cuda/scaled_chunks.h) */
 } hmm_problem;
 
 /* Forward algorithm.

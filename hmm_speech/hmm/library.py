@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 REDONE = 1  # HMM_REDONE
 BY_SEQUENCES, BY_ENDS, BY_STEPS = 0, 1, 2  # enum hmm_sharing
 CUDA_MOST_STATES, CUDA_MOST_STATES_VARYING = 8192, 4096  # HMM_CUDA_MOST_STATES, and with a time axis
@@ -50,6 +50,7 @@ class Problem(ctypes.Structure):
         ("threads", ctypes.c_int32),
         ("sharing", ctypes.c_int32),
         ("chunk_frames", ctypes.c_int32),
+        ("warm_up", ctypes.c_int32),
     ]
 
 
