@@ -107,8 +107,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       const Real x = expected[j] * factor;
       same &= fabs(arrived[j] - x) <= ldexp(x, -kSameBits<Real>) + Range<Real>::kTiny;
     }
-    if (__any_sync(kAllLanes, !same)) wrong += 1;
-    if (lane == 0) norm[first] *= factor;
+    if (__any_sync(kAllLanes, !same) && HMM_MUTATION != 53) wrong += 1;
+    if (lane == 0 && HMM_MUTATION != 52) norm[first] *= factor;
     logs -= log(double(factor));
   }
   logs = block_sum<kThreads>(lane == 0 ? logs : 0, part_double);
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       Real difference = 0;
       for (int i = lane; i < N; i += kWarp) difference += fabs(arrived[i] - expected[i]);
       difference = warp_sum(difference);
-      if (!(difference <= ldexp(Real(1), -kSameBits<Real>))) wrong += 1;
+      if (!(difference <= ldexp(Real(1), -kSameBits<Real>)) && HMM_MUTATION != 54) wrong += 1;
     }
   wrong = block_sum<kThreads>(lane == 0 ? wrong : Real(0), part);
   if (threadIdx.x == 0) chunks.done[b] = method[b] == HMM_SCALED && wrong == 0;

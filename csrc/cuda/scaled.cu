@@ -21,7 +21,10 @@
 // the message of the step before from shared memory, 16 bytes at a time, add up over 4 lanes by two shuffles, and write
 // theirs.
 //
-//   launches   6 forward, 8 backward with counts, whatever T is; 1 and 2 of them for sequences that are done again
+// Few long sequences are cut into chunks, all walked at once: scaled_chunks.h.
+//
+//   launches   6 forward, 8 backward with counts, whatever T is; 1 and 2 of them for sequences that are done again; 2 more
+//              in chunks
 //   a frame    2 N^2 flops forward, 4 N^2 backward with counts; N exponentials each; 16 N bytes forward, 28 N backward
 //              (float)
 //   a step     the dependent chain: K reads of shared memory, 4 K / 2 fused products, 2 + 3 shuffles, one barrier
@@ -147,6 +150,13 @@ __device__ __forceinline__ Real first_number(const hmm_problem &p, int64_t b, in
   return from_end ? Real(1) : weight(initial, Real(0), top == ninf ? Real(0) : top);
 }
 
+// Zeros for a state of the frames past a sequence's end, or of those among a chunk's frames.
+template <bool InChunks, class Real>
+__device__ __forceinline__ void clear_past_end(const hmm_problem &p, int64_t b, int j, Real *messages) {
+  const int64_t begin = InChunks ? blockIdx.y * p.chunk_frames : 0, end = InChunks ? begin + p.chunk_frames : p.time;
+  for (int64_t t = max(begin, p.lengths[b]); t < min(end, p.time); t++) messages[(b * p.time + t) * p.states + j] = 0;
+}
+
 // What a walk ends with, beside its total; `flags`: one a warp. A barrier.
 __device__ __forceinline__ void end_walk(bool lost, int64_t exponents, int32_t *flags, Carried &carried) {
   const bool any = __any_sync(kAllLanes, lost);
@@ -175,6 +185,7 @@ __global__ void __launch_bounds__(64 * K, 1)
   if (!InChunks && chunks.done && chunks.done[b]) return;  // the whole block
   const Walk walk = InChunks ? walk_along_chunk(p, p.lengths[b], blockIdx.y)
                              : walk_from_ends(p.lengths[b], gridDim.y == 2, from_end);
+  if (InChunks && writer) clear_past_end<InChunks>(p, b, j, alpha);
   if (walk.frames == 0) return;  // the whole block
   const Arcs<Real> packed = arcs_of<Real>(p, workspace, b);
   carried += InChunks ? chunk : 2 * b + from_end;
@@ -196,7 +207,7 @@ __global__ void __launch_bounds__(64 * K, 1)
   const auto step = [&](int64_t s, Real &v) {
     if (writer) {
       rows.message(s)[j] = a;
-      if (!InChunks || s >= walk.warm_up) alpha[own] = a;
+      if (!InChunks || s >= walk.warm_up - (HMM_MUTATION == 55)) alpha[own] = a;
       else if (s == walk.warm_up - 1) chunks.arrived[chunk * N + j] = a;
     }
     const Real sum = sum_of_owners(a);
@@ -206,7 +217,7 @@ __global__ void __launch_bounds__(64 * K, 1)
 #endif
     const Real total = sum_of_warps<K>(rows.part(s));
     lost |= !(total >= least);
-    if (InChunks && s == walk.warm_up - 1) exponents = 0, lost = !packed.certificate->usable;
+    if (InChunks && s == walk.warm_up - 1 && HMM_MUTATION != 51) exponents = 0, lost = !packed.certificate->usable;
     if (s == n - 1) {
       if (threadIdx.x == 0) carried->total = double(total);
       return false;
@@ -246,10 +257,7 @@ __global__ void __launch_bounds__(64 * K, 1)
   if (!InChunks && chunks.done && chunks.done[b]) return;                            // the whole block
   const Walk walk =
       InChunks ? walk_back_in_chunk(p, L, blockIdx.y) : walk_to_ends(L, method[b] == HMM_BOTH_ENDS, to_end);
-  if (writer && !to_end) {
-    const int64_t begin = InChunks ? blockIdx.y * p.chunk_frames : 0, end = InChunks ? begin + p.chunk_frames : T;
-    for (int64_t t = max(L, begin); t < min(end, T); t++) state[(b * T + t) * N + i] = 0;
-  }
+  if (writer && !to_end) clear_past_end<InChunks>(p, b, i, state);
   if (walk.frames == 0) return;  // the whole block
   const Arcs<Real> packed = arcs_of<Real>(p, workspace, b);
 

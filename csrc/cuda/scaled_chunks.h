@@ -20,7 +20,7 @@ template <class Real> constexpr int kSameBits = Range<Real>::kPrecision - 4;  //
 
 template <class Real> bool scaled_by_chunks(const hmm_problem &p) {
   return !p.time_varying && p.states <= scaled_states<Real>() && p.states <= 128 && p.chunk_frames > 0 &&
-         p.time > p.chunk_frames && (p.time - 1) / p.chunk_frames < 65535;
+         p.warm_up > 0 && p.time > p.chunk_frames && (p.time - 1) / p.chunk_frames < 65535;
 }
 
 // P chunks a sequence; of a pass, in its workspace. Null without chunks.

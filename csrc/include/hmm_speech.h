@@ -49,7 +49,7 @@ typedef struct hmm_problem {
   int32_t threads;      /* at least 1 */
   int32_t sharing;      /* enum hmm_sharing */
   int32_t chunk_frames; /* of a chunk, 0 for none: on a GPU, the same in hmm_cuda_forward and hmm_cuda_backward */
-  int32_t warm_up;      /* at least 0: where time_varying is 0, frames that a chunk's walk begins early (csrc/cuda/scaled_chunks.h) */
+  int32_t warm_up;      /* where time_varying is 0, frames that a chunk begins early (csrc/cuda/scaled_chunks.h); 0: no chunks */
 } hmm_problem;
 
 /* Forward algorithm.

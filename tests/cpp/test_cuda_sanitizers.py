@@ -120,6 +120,11 @@ NOTICED_BY = {
     42: ("address", "exercise_low_rank"),  # states and classes that were lost not looked for
     43: ("address", "exercise_steps"),  # a graph's steps miscounted: wrong numbers
     44: ("address", "exercise_low_rank"),  # an index off by one, in the counts in log space
+    51: ("address", "exercise_early_chunks"),  # rescales of another chunk's frames counted: wrong numbers
+    52: ("address", "exercise_early_chunks"),  # chunks' factors left out backward
+    53: ("address", "exercise_early_chunks"),  # messages that are not the same taken for it
+    54: ("address", "exercise_early_chunks"),  # and posteriors
+    55: ("thread", "exercise_early_chunks"),  # a message put where another chunk does
 }
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hmm_speech.data.unitfile import UnitCorpus, read_units, write_units
-from hmm_speech.hmm import use_backend
+from hmm_speech.hmm import HMM, use_backend
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
@@ -17,7 +17,7 @@ def load(name):
     return module
 
 
-crf_tagger, forced_aligner = load("crf_tagger"), load("forced_aligner")
+crf_tagger, forced_aligner, forgetting = load("crf_tagger"), load("forced_aligner"), load("forgetting")
 
 
 def test_the_chain_helps_the_tagger_and_breaks_no_sentence():
@@ -86,3 +86,24 @@ def test_expected_starts_of_a_certain_path_are_its_starts():
     assert forced_aligner.starts(path, 3) == [2.0, 5.0]
     padded = torch.cat([path, torch.zeros(3, 4)])
     assert forced_aligner.starts(padded, 3) == [2.0, 5.0]
+
+
+def test_a_chain_forgets_after_as_many_frames_as_its_arcs_say():
+    torch.manual_seed(0)
+    initial, transition, emission = torch.randn(4).double(), torch.randn(4, 4).double(), torch.randn(30, 4).double()
+    arcs, weights = transition.exp(), emission.exp()
+    alpha, beta = forgetting.messages(initial.exp(), arcs, weights)
+    torch.testing.assert_close(alpha * beta, HMM(initial, transition, emission[None]).marginals()[0])
+    # All rows alike: nothing is known of where a message began.
+    for messages, posteriors in forgetting.forgets(initial, transition[:1].expand(4, 4), emission, points=5):
+        assert messages <= 1 and posteriors <= 1
+    two_ways = transition.clone()
+    two_ways[:2, 2:] = two_ways[2:, :2] = -torch.inf  # parts that nothing leads between
+    assert all(k == (10**9, 10**9) for k in forgetting.forgets(initial, two_ways, emission, points=5))
+
+
+def test_what_forgets_is_printed(capsys):
+    results = forgetting.main(["--points", "2"])
+    assert len(results) == 13 and "never" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        forgetting.main(["--units", "x.parquet"])

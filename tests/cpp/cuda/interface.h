@@ -28,7 +28,7 @@ template <class Real> struct Exercise {
   std::vector<Real> initial, transition, emission, final, grad;
   std::vector<int64_t> lengths;
   std::vector<int32_t> method;  // of the pass from both ends, or in chunks
-  int32_t chunk_frames = 0;
+  int32_t chunk_frames = 0, warm_up = 0, warm_up_back = 0;
   hmm_problem p = {};
 
   Exercise(int64_t T, int64_t N, Kind kind, double scale, double forbidden) : T(T), N(N), kind(kind), random(unsigned(T * 100 + N + kind)) {
@@ -105,12 +105,13 @@ template <class Real> struct Exercise {
     using F = Functions<Real>;
     const double tolerance = F::tolerance;
     hmm_problem halves = p;  // samples are drawn from messages of whole sequences
-    halves.sharing = HMM_BY_ENDS, halves.chunk_frames = chunk_frames;
+    halves.sharing = HMM_BY_ENDS, halves.chunk_frames = chunk_frames, halves.warm_up = warm_up;
     std::vector<Real> log_partition(B), whole(B), alpha(B * T * N), norm(B * T * N), centre(B * T), state(B * T * N), edge(transition.size());
     method.resize(B);
     const auto workspace = [&](const hmm_problem &of, int pass) { return std::vector<double>((hmm_cuda_workspace(&of, sizeof(Real), pass) + 7) / 8); };
     std::vector<double> room = workspace(halves, HMM_CUDA_FORWARD);
     CHECK(F::forward(&halves, log_partition.data(), alpha.data(), norm.data(), centre.data(), method.data(), room.data(), nullptr) == HMM_OK);
+    halves.warm_up = warm_up_back;
     room = workspace(halves, HMM_CUDA_BACKWARD);
     CHECK(F::backward(&halves, grad.data(), log_partition.data(), alpha.data(), norm.data(), centre.data(), method.data(), state.data(),
                       edge.data(), room.data(), nullptr) == HMM_OK);
