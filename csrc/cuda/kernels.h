@@ -71,10 +71,12 @@ int scaled_backward(const hmm_problem &p, const Real *grad, const Real *alpha, c
 // kernels there, from what `prepare` leaves, with wide_bytes(p) for the arcs as they are needed.
 constexpr int64_t kWideStates = 256;
 size_t wide_bytes(const hmm_problem &p);
-int wide_forward(const hmm_problem &p, void *workspace, float *packed, float *alpha, float *norm, Carried *carried,
-                 void *stream);
-int wide_backward(const hmm_problem &p, void *workspace, float *packed, const float *grad, const float *alpha,
-                  const float *norm, const int32_t *method, float *w, float *state, void *stream);
+template <class Real> struct ScaledChunks;
+int wide_forward(const hmm_problem &p, bool in_chunks, void *workspace, float *packed, const float *w, float *alpha,
+                 float *norm, Carried *carried, const ScaledChunks<float> &chunks, void *stream);
+int wide_backward(const hmm_problem &p, bool in_chunks, void *workspace, float *packed, const float *grad,
+                  const float *alpha, const float *norm, const int32_t *method, const float *w, float *counted,
+                  float *state, const ScaledChunks<float> &chunks, void *stream);
 
 // The same a step at a time, between matrix products of the caller's (steps.cu), for one matrix of transitions. product
 // and message: (B, N), where p.sharing is HMM_BY_ENDS (2, B, N); the workspace begins with the arcs, (N, N). held

@@ -33,6 +33,8 @@
 //              none. 32 threads for 8 states.
 //
 // Compiled for sm_75 to sm_120 and executed on the CPU by the tests; not timed on a GPU.
+#include <type_traits>
+
 #include "scaled_chunks.h"
 
 namespace hmm {
@@ -148,13 +150,6 @@ __device__ __forceinline__ Real first_number(const hmm_problem &p, int64_t b, in
   const Real initial = j < p.states && !from_end ? scores[j] : ninf, top = block_max(initial, part);
   if (j >= p.states) return 0;
   return from_end ? Real(1) : weight(initial, Real(0), top == ninf ? Real(0) : top);
-}
-
-// Zeros for a state of the frames past a sequence's end, or of those among a chunk's frames.
-template <bool InChunks, class Real>
-__device__ __forceinline__ void clear_past_end(const hmm_problem &p, int64_t b, int j, Real *messages) {
-  const int64_t begin = InChunks ? blockIdx.y * p.chunk_frames : 0, end = InChunks ? begin + p.chunk_frames : p.time;
-  for (int64_t t = max(begin, p.lengths[b]); t < min(end, p.time); t++) messages[(b * p.time + t) * p.states + j] = 0;
 }
 
 // What a walk ends with, beside its total; `flags`: one a warp. A barrier.
@@ -352,7 +347,6 @@ template <class Real> static ScaledChunks<Real> chunks_in(const hmm_problem &p, 
   if (!scaled_by_chunks<Real>(p)) return ScaledChunks<Real>();
   return ScaledChunks<Real>(p, static_cast<char *>(workspace) + before_chunks<Real>(p, backward));
 }
-static dim3 chunk_walks(const hmm_problem &p) { return dim3(unsigned(p.batch), unsigned(chunks_of(p))); }
 
 template <class Real>
 int scaled_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Real *norm, Real *centre, int32_t *method,
@@ -360,28 +354,26 @@ int scaled_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Real 
   Carried *carried = reinterpret_cast<Carried *>(scaled_messages<Real>(p, workspace));
   const ScaledChunks<Real> chunks = chunks_in<Real>(p, false, workspace);
   Real *w = chunks.weights ? chunks.weights : alpha;
+  const auto walk = [&](auto in_chunks) {
+    constexpr bool InChunks = decltype(in_chunks)::value;
+    if constexpr (sizeof(Real) == 4)
+      if (wide(p))
+        return wide_forward(p, InChunks, workspace, behind_arcs<Real>(p, workspace), w, alpha, norm, carried, chunks,
+                            stream);
+    return with_width<Real>(p.states, [&](auto width) {
+      constexpr int K = decltype(width)::value;
+      const size_t shared = Rows<K, Real>::bytes() + carved<Real>(2 * K) + carved<int32_t>(2 * K);
+      const dim3 walks = InChunks ? chunk_walks(p) : dim3(unsigned(p.batch), p.sharing == HMM_BY_ENDS ? 2 : 1);
+      return launch(forward_kernel<K, InChunks, Real>, walks, threads_of(p.states), shared, stream, p, workspace, w,
+                    alpha, norm, InChunks ? chunks.carried : carried, chunks);
+    });
+  };
   int status = prepare(p, true, centre, w, workspace, stream);
-  if (status) return status;
-  if constexpr (sizeof(Real) == 4)
-    if (wide(p)) {
-      status = wide_forward(p, workspace, behind_arcs<Real>(p, workspace), alpha, norm, carried, stream);
-      return status ? status : join(p, carried, log_partition, alpha, norm, centre, method, nullptr, workspace, stream);
-    }
-  status = with_width<Real>(p.states, [&](auto width) {
-    constexpr int K = decltype(width)::value;
-    const size_t shared = Rows<K, Real>::bytes() + carved<Real>(2 * K) + carved<int32_t>(2 * K);
-    const int threads = threads_of(p.states);
-    const dim3 walks(unsigned(p.batch), p.sharing == HMM_BY_ENDS ? 2 : 1);
-    int launched = HMM_OK;
-    if (chunks.done) {
-      launched = launch(forward_kernel<K, true, Real>, chunk_walks(p), threads, shared, stream, p, workspace, w, alpha,
-                        norm, chunks.carried, chunks);
-      if (!launched) launched = join_chunks(p, chunks, log_partition, alpha, norm, centre, method, workspace, stream);
-    }
-    if (launched) return launched;
-    return launch(forward_kernel<K, false, Real>, walks, threads, shared, stream, p, workspace, w, alpha, norm, carried,
-                  chunks);
-  });
+  if (!status && chunks.done) {
+    status = walk(std::true_type{});
+    if (!status) status = join_chunks(p, chunks, log_partition, alpha, norm, centre, method, workspace, stream);
+  }
+  if (!status) status = walk(std::false_type{});
   if (status) return status;
   return join(p, carried, log_partition, alpha, norm, centre, method, chunks.done, workspace, stream);
 }
@@ -392,25 +384,25 @@ int scaled_backward(const hmm_problem &p, const Real *grad, const Real *alpha, c
   Real *counted = scaled_messages<Real>(p, workspace);
   const ScaledChunks<Real> chunks = chunks_in<Real>(p, true, workspace);
   Real *w = chunks.weights ? chunks.weights : counted;
-  const int status = prepare(p, false, const_cast<Real *>(centre), w, workspace, stream);
-  if (status) return status;
-  if constexpr (sizeof(Real) == 4)
-    if (wide(p))
-      return wide_backward(p, workspace, behind_arcs<Real>(p, workspace), grad, alpha, norm, method, w, state, stream);
-  return with_width<Real>(p.states, [&](auto width) {
-    constexpr int K = decltype(width)::value;
-    const size_t shared = Rows<K, Real>::bytes();
-    const int threads = threads_of(p.states);
-    int launched = HMM_OK;
-    if (chunks.done) {
-      launched = launch(backward_kernel<K, true, Real>, chunk_walks(p), threads, shared, stream, p, workspace, grad,
-                        alpha, norm, method, w, counted, state, chunks);
-      if (!launched) launched = join_chunks_back(p, chunks, method, stream);
-    }
-    if (launched) return launched;
-    return launch(backward_kernel<K, false, Real>, dim3(unsigned(p.batch), 2), threads, shared, stream, p, workspace,
-                  grad, alpha, norm, method, w, counted, state, chunks);
-  });
+  const auto walk = [&](auto in_chunks) {
+    constexpr bool InChunks = decltype(in_chunks)::value;
+    if constexpr (sizeof(Real) == 4)
+      if (wide(p))
+        return wide_backward(p, InChunks, workspace, behind_arcs<Real>(p, workspace), grad, alpha, norm, method, w,
+                             counted, state, chunks, stream);
+    return with_width<Real>(p.states, [&](auto width) {
+      constexpr int K = decltype(width)::value;
+      const dim3 walks = InChunks ? chunk_walks(p) : dim3(unsigned(p.batch), 2);
+      return launch(backward_kernel<K, InChunks, Real>, walks, threads_of(p.states), Rows<K, Real>::bytes(), stream, p,
+                    workspace, grad, alpha, norm, method, w, counted, state, chunks);
+    });
+  };
+  int status = prepare(p, false, const_cast<Real *>(centre), w, workspace, stream);
+  if (!status && chunks.done) {
+    status = walk(std::true_type{});
+    if (!status) status = join_chunks_back(p, chunks, method, stream);
+  }
+  return status ? status : walk(std::false_type{});
 }
 
 #define HMM_INSTANTIATE(Real)                                                                                        \

@@ -19,8 +19,8 @@ namespace hmm {
 template <class Real> constexpr int kSameBits = Range<Real>::kPrecision - 4;  // 8 roundings, a step's sum of N terms
 
 template <class Real> bool scaled_by_chunks(const hmm_problem &p) {
-  return !p.time_varying && p.states <= scaled_states<Real>() && p.states <= 128 && p.chunk_frames > 0 &&
-         p.warm_up > 0 && p.time > p.chunk_frames && (p.time - 1) / p.chunk_frames < 65535;
+  return !p.time_varying && p.states <= scaled_states<Real>() && p.chunk_frames > 0 && p.warm_up > 0 &&
+         p.time > p.chunk_frames && (p.time - 1) / p.chunk_frames < 65535 && p.time * p.states <= 0x7fffffff;
 }
 
 // P chunks a sequence; of a pass, in its workspace. Null without chunks.
@@ -44,6 +44,15 @@ template <class Real> struct ScaledChunks {
     done = reinterpret_cast<int32_t *>(left + all * N);
   }
 };
+
+// Zeros for a state of the frames past a sequence's end, or of those among a chunk's frames.
+template <bool InChunks, class Real>
+__device__ __forceinline__ void clear_past_end(const hmm_problem &p, int64_t b, int j, Real *messages) {
+  const int64_t begin = InChunks ? blockIdx.y * p.chunk_frames : 0, end = InChunks ? begin + p.chunk_frames : p.time;
+  for (int64_t t = max(begin, p.lengths[b]); t < min(end, p.time); t++) messages[(b * p.time + t) * p.states + j] = 0;
+}
+
+inline dim3 chunk_walks(const hmm_problem &p) { return dim3(unsigned(p.batch), unsigned(chunks_of(p))); }
 
 // What the walks of all chunks come to (join.cu): `done`, and of the sequences that are done log Z, method (HMM_SCALED)
 // and what norm needs for the backward pass; backward, `done` alone.

@@ -16,6 +16,8 @@
 // of the arcs with ones, where a message was, is not 0: allowed arcs are at least 2^-100 (scaled.h). So steps with such
 // a state take two products, also those of a chain whose last states are not reached yet.
 //
+// Few long sequences are cut into chunks, a block each: scaled_chunks.h.
+//
 //   launches   1 for M and its transpose, 1 forward, 1 backward, beside those of scaled.cu
 //   a step     2 x 256 N flops a walk; 1 KB of shared memory or of the caches a row that is not in registers, for one
 //              sequence or two; 8 KB for the slices' sums, written and read
@@ -23,7 +25,9 @@
 //              threads, 9 to 147 KB of shared memory.
 //
 // Compiled for sm_75 to sm_120 and executed on the CPU by the tests; not timed on a GPU.
-#include "scaled.h"
+#include <type_traits>
+
+#include "scaled_chunks.h"
 
 namespace hmm {
 namespace {
@@ -184,36 +188,46 @@ __device__ __forceinline__ const Real *matrix_of(const hmm_problem &p, const Rea
   return packed + (2 * matrix + transposed) * kMatrix;
 }
 
-// The grid's second axis has the halves. alpha holds w and gets a (from the end, b); norm[b, t, 0] gets 2^k_t.
-template <int S, class Real>
+// Of a number in alpha; in chunks of one in a sequence's part of it, which saves the registers that would spill else.
+template <bool InChunks> using Index = std::conditional_t<InChunks, int, int64_t>;
+
+// The grid's second axis has the halves, or the chunks (S is 1). alpha, which may be w, gets a (from the end, b);
+// norm[b, t, 0] gets 2^k_t. Halves leave alone what is done in chunks.
+template <int S, bool InChunks, class Real>
 __global__ void __launch_bounds__(kThreads, 1)
-    wide_forward_kernel(hmm_problem p, void *workspace, const Real *packed, Groups groups, Real *alpha, Real *norm,
-                        Carried *carried) {
+    wide_forward_kernel(hmm_problem p, void *workspace, const Real *packed, Groups groups, const Real *weights,
+                        Real *alpha, Real *norm, Carried *carried, ScaledChunks<Real> chunks) {
   HMM_SHARED_MEMORY(at);
   const Room<S, Real> room(at, groups.near);
   const int N = p.states;
-  const bool from_end = blockIdx.y == 1, both = gridDim.y == 2;
+  const bool from_end = !InChunks && blockIdx.y == 1, both = !InChunks && gridDim.y == 2;
   const Owner<S> own(p);
   int most = 0;  // frames: below 2^31, which would be 1 TB
   Walk walk = {0, 0, 1, false};
   for (int s = 0; s < S; s++) {
     const int64_t b = int64_t(blockIdx.x) * S + s;
-    if (b >= p.batch) continue;
-    const Walk of_b = walk_from_ends(p.lengths[b], both, from_end);
+    if (b >= p.batch || (!InChunks && chunks.done && chunks.done[b])) continue;
+    const Walk of_b = InChunks ? walk_along_chunk(p, p.lengths[b], blockIdx.y)
+                               : walk_from_ends(p.lengths[b], both, from_end);
     most = max(most, int(of_b.frames));
     if (s == own.s) walk = of_b;
   }
+  if (InChunks && own.owns) clear_past_end<InChunks>(p, own.b, own.j, alpha);
   if (most == 0) return;  // the whole block
   const Matrix<S, Real> matrix(matrix_of(p, packed, from_end), groups, room);
-  const Certificate<Real> certificate = *arcs_of<Real>(p, workspace, blockIdx.x).certificate;
-  // Messages below that are suspect; none where entries need not be looked at.
-  const Real smallest = certificate.mixing ? Real(0) : ldexp(Real(1), Range<Real>::kEntryBits);
+  // Read in every step: registers are few.
+  const Certificate<Real> &certificate = *arcs_of<Real>(p, workspace, blockIdx.x).certificate;
+  const Real smallest = ldexp(Real(1), Range<Real>::kEntryBits);  // messages below are suspect
 
-  const int n = own.owns ? int(walk.frames) : 0, stride = walk.step * N;
+  const int first = InChunks ? -int(walk.warm_up) : 0;  // step 0 is the first own frame
+  const int n = own.owns ? int(walk.frames) + first : first, stride = walk.step * N;
+  most += first;
+  const auto end_of_walk = [&] { return carried + (InChunks ? own.b * gridDim.y + blockIdx.y : 2 * own.b + from_end); };
   const Real *initial = static_cast<const Real *>(p.initial);
-  int64_t at_frame = (own.b * p.time + walk.first) * N + own.j;  // of step s
+  if (InChunks) weights += blockIdx.x * p.time * N, alpha += blockIdx.x * p.time * N, norm += blockIdx.x * p.time * N;
+  Index<InChunks> at_frame = (InChunks ? walk.first : own.b * p.time + walk.first) * N + own.j;  // of step s
   Real start = 1;
-  for (int s = 0; s < S && !from_end; s++) {
+  for (int s = 0; s < S && !from_end && !(InChunks && walk.first > 0); s++) {
     const int64_t b = int64_t(blockIdx.x) * S + s;
     const Real *scores = b < p.batch ? initial + b * p.initial_batch_stride : nullptr;
     const Real top = top_of(scores, N, room.part);
@@ -221,17 +235,20 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();  // part is written again
   Real a = 0;  // a_t of state j
-  bool lost = !certificate.usable, suspect = false, reached = false;  // reached: a_{t-1} was not 0
+  bool lost = false, suspect = false, reached = false;  // reached: a_{t-1} was not 0
   if (own.in_range && own.j == 0) room.exponents[own.s] = 0;
   if (n > 0) {
-    const Real w = alpha[at_frame];
+    const Real w = weights[at_frame];
     a = start * ldexp(Real(1), kTopBits) * w;
-    lost |= a < smallest && start > 0 && w > 0;
+    lost |= !certificate.mixing && a < smallest && start > 0 && w > 0;
   }
-  for (int s = 0;; s++) {
-    if (s < n) alpha[at_frame] = a;
+  for (int s = first;; s++) {
+    if (s < n) {
+      if (!InChunks || s >= 0) alpha[at_frame] = a;
+      else if (s == -1) chunks.arrived[(own.b * gridDim.y + blockIdx.y) * N + own.j] = a;
+    }
     at_frame += stride;
-    const Real w = s + 1 < n ? alpha[at_frame] : Real(0);
+    const Real w = s + 1 < n ? weights[at_frame] : Real(0);
     if (own.in_range) {
       room.message[threadIdx.x] = a;
       const Real sum = warp_sum(a);
@@ -243,10 +260,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
     const Real total = sum_of_parts(room.part, own.s);
     if (s < n) lost |= !(total >= certificate.least);
-    if (s == n - 1 && own.j == 0) carried[2 * own.b + from_end].total = double(total);
+    if (s == n - 1 && own.j == 0) end_of_walk()->total = double(total);
     const int up = s + 1 < n ? correction(total) : 0;
     const Real scale = up ? ldexp(Real(1), up) : Real(1);
-    if (s + 1 < n && own.j == 0) norm[at_frame] = scale, room.exponents[own.s] += up;
+    if (s + 1 < n && own.j == 0) {
+      if (!InChunks || s + 1 >= 0) norm[at_frame] = scale;
+      room.exponents[own.s] = up + (InChunks && s < 0 ? 0 : room.exponents[own.s]);  // of own frames
+    }
     bool ones = false;  // is a product with ones due, for states without a message that may be reachable?
     for (int q = 0; q < S * kParts; q++) ones |= room.flags[q];
     if (ones) {
@@ -264,65 +284,81 @@ __global__ void __launch_bounds__(kThreads, 1)
       __syncthreads();
 #endif
     }
+    if (InChunks && s == -1) lost = false;
     if (s == most - 1) break;  // the whole block
     reached = a > 0;
     a = s + 1 < n ? joined_slices(room.partial, own.s, own.j) * w * scale : Real(0);
     suspect = !certificate.mixing && is_suspect(a, w, smallest * scale);
   }
+  lost |= !certificate.usable;
   if (own.in_range) {
     const bool any = __any_sync(kAllLanes, own.owns && lost);
     if (own.lane == 0) room.lost[own.warp] = any;
   }
   __syncthreads();
   if (!own.owns || own.j != 0) return;  // no barrier follows
-  carried += 2 * own.b + from_end;
-  carried->exponents = room.exponents[own.s], carried->lost = sum_of_parts(room.lost, own.s) > 0;
+  Carried *end = end_of_walk();
+  end->exponents = room.exponents[own.s], end->lost = sum_of_parts(room.lost, own.s) > 0;
 }
 
-// w holds w_t and gets 2^k_t w_t b_t (the second half: 2^k_t w_t a_t), what the counts need.
-template <int S, class Real>
+// `counted`, which may be w, gets 2^k_t w_t b_t (the second half: 2^k_t w_t a_t), what the counts need.
+template <int S, bool InChunks, class Real>
 __global__ void __launch_bounds__(kThreads, 1)
     wide_backward_kernel(hmm_problem p, const Real *packed, Groups groups, const Real *grad, const Real *alpha,
-                         const Real *norm, const int32_t *method, Real *w, Real *state) {
+                         const Real *norm, const int32_t *method, const Real *w, Real *counted, Real *state,
+                         ScaledChunks<Real> chunks) {
   HMM_SHARED_MEMORY(at);
   const Room<S, Real> room(at, groups.near);
   const int N = p.states;
-  const bool to_end = blockIdx.y == 1;
+  const bool to_end = !InChunks && blockIdx.y == 1;
   const Owner<S> own(p);
   const int64_t T = p.time;
   int most = 0;  // frames: below 2^31, which would be 1 TB
   Walk walk = {0, 0, 1, false};
   for (int s = 0; s < S; s++) {
     const int64_t b = int64_t(blockIdx.x) * S + s;
-    if (b >= p.batch || (method[b] != HMM_SCALED && method[b] != HMM_BOTH_ENDS)) continue;
-    const Walk of_b = walk_to_ends(p.lengths[b], method[b] == HMM_BOTH_ENDS, to_end);
+    if (b >= p.batch || (method[b] != HMM_SCALED && (InChunks || method[b] != HMM_BOTH_ENDS))) continue;
+    if (!InChunks && chunks.done && chunks.done[b]) continue;
+    const Walk of_b = InChunks ? walk_back_in_chunk(p, p.lengths[b], blockIdx.y)
+                               : walk_to_ends(p.lengths[b], method[b] == HMM_BOTH_ENDS, to_end);
     most = max(most, int(of_b.frames));
     if (s == own.s) {
       walk = of_b;
-      for (int64_t t = p.lengths[b]; t < T && own.owns && !to_end; t++) state[(b * T + t) * N + own.j] = 0;
+      if (own.owns && !to_end) clear_past_end<InChunks>(p, b, own.j, state);
     }
   }
   if (most == 0) return;  // the whole block
   const Matrix<S, Real> matrix(matrix_of(p, packed, !to_end), groups, room);
-  const int n = own.owns ? int(walk.frames) : 0, stride = walk.step * N;
+  const int first = InChunks ? -int(walk.warm_up) : 0;  // step 0 is the first own frame
+  const int n = own.owns ? int(walk.frames) + first : first, stride = walk.step * N;
+  most += first;
+  const int scales = InChunks && blockIdx.y > 0 ? n : n - 1;  // frame 0 has none
   int64_t at_frame = (own.b * T + walk.first) * N + own.j;
   const Real upstream = n > 0 ? grad[own.b] : Real(0);
-  Real later = n > 0 ? norm[own.b * T * N] : Real(0);  // 1 / Z; then 2^k of the frame before
+  if (InChunks && own.in_range) {
+    const Real sum = warp_sum(n > 0 ? alpha[at_frame] : Real(0));
+    if (own.lane == 0) room.part[own.warp] = sum;
+  }
   if (own.in_range) room.message[threadIdx.x] = n > 0 && walk.meets ? alpha[at_frame - stride] : Real(0);
   __syncthreads();
-  for (int s = 0; s < most; s++) {
+  Real later = 0;  // 1 / Z; then 2^k of the frame before
+  if (InChunks) later = 1 / sum_of_parts(room.part, own.s);
+  else if (n > 0) later = norm[own.b * T * N];
+  for (int s = first; s < most; s++) {
     const bool runs = s < n;
     const Real a = runs ? alpha[at_frame] : Real(0), v = runs ? w[at_frame] : Real(0);
-    const Real scale = s + 1 < n ? norm[at_frame - own.j] : Real(1), g = s ? sum_of_parts(room.part, own.s) : Real(1);
+    const Real scale = s < scales ? norm[at_frame - own.j] : Real(1), g = s > first ? sum_of_parts(room.part, own.s) : Real(1);
     matrix.multiply(room);
 #if HMM_MUTATION != 22
     __syncthreads();
 #endif
     if (own.in_range) {
-      const Real y = s == 0 && !walk.meets ? Real(1) : joined_slices(room.partial, own.s, own.j);
+      const Real y = s == first && !walk.meets ? Real(1) : joined_slices(room.partial, own.s, own.j);
       // 1 / g to first order: g is 1 but for a step's rounding.
       const Real beta = a > 0 ? y * (later * (Real(2) - g)) : Real(0), gamma = a * beta, u = v * beta;
-      if (runs) state[at_frame] = upstream * gamma, w[at_frame] = scale * u;
+      if (runs && (!InChunks || s >= 0)) state[at_frame] = upstream * gamma, counted[at_frame] = scale * u;
+      else if (runs && s == -1) chunks.arrived[(own.b * gridDim.y + blockIdx.y) * N + own.j] = gamma;
+      if (InChunks && s == n - 1) chunks.left[(own.b * gridDim.y + blockIdx.y) * N + own.j] = gamma;
       room.message[threadIdx.x] = u;
       const Real sum = warp_sum(gamma);
       if (own.lane == 0) room.part[own.warp] = sum;
@@ -336,7 +372,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <int S> struct Sequences {
   static constexpr int value = S;
 };
-template <class Real, class Body> int with_room(const hmm_problem &p, int halves, Body body) {
+template <class Real, class Body> int with_room(const hmm_problem &p, int halves, bool in_chunks, Body body) {
   const int limit = shared_memory_limit(), processors = multiprocessors();
   if (limit < 0 || processors < 0) return HMM_CUDA_ERROR - (limit < 0 ? limit : processors);
   const auto of = [&](auto sequences) {
@@ -347,7 +383,8 @@ template <class Real, class Body> int with_room(const hmm_problem &p, int halves
     return body(sequences, Groups{near, int(all) - near});
   };
   // Two sequences a block, of one matrix, once there are more walks than can go side by side.
-  return p.transition_batch_stride || p.batch * halves <= processors ? of(Sequences<1>{}) : of(Sequences<2>{});
+  const bool one = in_chunks || p.transition_batch_stride || p.batch * halves <= processors;
+  return one ? of(Sequences<1>{}) : of(Sequences<2>{});
 }
 
 template <class Real> int pack(const hmm_problem &p, void *workspace, Real *packed, void *stream) {
@@ -359,23 +396,37 @@ template <class Real> int pack(const hmm_problem &p, void *workspace, Real *pack
 
 size_t wide_bytes(const hmm_problem &p) { return 2 * sizeof(float) * size_t(matrices(p) * kMatrix); }
 
-int wide_forward(const hmm_problem &p, void *workspace, float *packed, float *alpha, float *norm, Carried *carried,
-                 void *stream) {
-  const int status = pack(p, workspace, packed, stream), halves = p.sharing == HMM_BY_ENDS ? 2 : 1;
-  return status ? status : with_room<float>(p, halves, [&](auto sequences, Groups groups) {
+// M is packed once a pass: for the chunks, where there are any.
+int wide_forward(const hmm_problem &p, bool in_chunks, void *workspace, float *packed, const float *w, float *alpha,
+                 float *norm, Carried *carried, const ScaledChunks<float> &chunks, void *stream) {
+  const int status = in_chunks || !chunks.done ? pack(p, workspace, packed, stream) : HMM_OK;
+  const int halves = p.sharing == HMM_BY_ENDS ? 2 : 1;
+  return status ? status : with_room<float>(p, halves, in_chunks, [&](auto sequences, Groups groups) {
     constexpr int S = decltype(sequences)::value;
-    return launch(wide_forward_kernel<S, float>, dim3(unsigned((p.batch + S - 1) / S), halves), kThreads,
-                  Room<S, float>::bytes(groups.near), stream, p, workspace, packed, groups, alpha, norm, carried);
+    const size_t shared = Room<S, float>::bytes(groups.near);
+    const auto walk = [&](auto kernel, dim3 walks, Carried *ends) {
+      return launch(kernel, walks, kThreads, shared, stream, p, workspace, packed, groups, w, alpha, norm, ends, chunks);
+    };
+    if constexpr (S == 1)
+      if (in_chunks) return walk(wide_forward_kernel<1, true, float>, chunk_walks(p), chunks.carried);
+    return walk(wide_forward_kernel<S, false, float>, dim3(unsigned((p.batch + S - 1) / S), halves), carried);
   });
 }
 
-int wide_backward(const hmm_problem &p, void *workspace, float *packed, const float *grad, const float *alpha,
-                  const float *norm, const int32_t *method, float *w, float *state, void *stream) {
-  const int status = pack(p, workspace, packed, stream);
-  return status ? status : with_room<float>(p, 2, [&](auto sequences, Groups groups) {
+int wide_backward(const hmm_problem &p, bool in_chunks, void *workspace, float *packed, const float *grad,
+                  const float *alpha, const float *norm, const int32_t *method, const float *w, float *counted,
+                  float *state, const ScaledChunks<float> &chunks, void *stream) {
+  const int status = in_chunks || !chunks.done ? pack(p, workspace, packed, stream) : HMM_OK;
+  return status ? status : with_room<float>(p, 2, in_chunks, [&](auto sequences, Groups groups) {
     constexpr int S = decltype(sequences)::value;
-    return launch(wide_backward_kernel<S, float>, dim3(unsigned((p.batch + S - 1) / S), 2), kThreads,
-                  Room<S, float>::bytes(groups.near), stream, p, packed, groups, grad, alpha, norm, method, w, state);
+    const size_t shared = Room<S, float>::bytes(groups.near);
+    const auto walk = [&](auto kernel, dim3 walks) {
+      return launch(kernel, walks, kThreads, shared, stream, p, packed, groups, grad, alpha, norm, method, w, counted,
+                    state, chunks);
+    };
+    if constexpr (S == 1)
+      if (in_chunks) return walk(wide_backward_kernel<1, true, float>, chunk_walks(p));
+    return walk(wide_backward_kernel<S, false, float>, dim3(unsigned((p.batch + S - 1) / S), 2));
   });
 }
 

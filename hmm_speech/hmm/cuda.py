@@ -86,10 +86,10 @@ def chunk_frames(batch: int, time: int, num_states: int, multiprocessors: int, b
     return found
 
 
-# Shared transitions in chunks that begin early (scaled_chunks.h): frames until a message has forgotten where it began, in
-# float32 measured at 5 to 30 for random scores and those of the recipes, more for states that stay; and the warps that
-# a multiprocessor issues from while a step waits, some 25 cycles each of 540.
-_LEAST_WARM_UP, _MOST_WARM_UP, _WARPS, _CHUNKED_STATES = 32, 128, 20, {torch.float32: 128, torch.float64: 96}
+# Shared transitions in chunks that begin early (scaled_chunks.h): frames until a message has forgotten where it began,
+# 8 to 38 for random scores and those of the recipes, more for states that stay (recipes/layer/forgetting.py); and warps
+# that a multiprocessor issues from while a step waits, some 25 cycles each of 540.
+_LEAST_WARM_UP, _MOST_WARM_UP, _WARPS, _CHUNKED_STATES = 32, 128, 20, {torch.float32: 256, torch.float64: 96}
 
 
 def early_chunks(
@@ -107,7 +107,8 @@ def early_chunks(
     beside = 1 if double else max(1, _WARPS // -(-num_states // 8))
     chunks = max(1, beside * multiprocessors // batch)
     frames = max(-(-time // chunks), warm_up // 2)
-    saved = (time // (2 if both_ends else 1) - frames - warm_up) * _STEP
+    step = _WIDE_STEP if num_states >= _WIDE_FROM else _STEP
+    saved = (time // (2 if both_ends else 1) - frames - warm_up) * step
     return (frames, warm_up) if frames < time and saved > 2 * _LAUNCH else (0, 0)
 
 

@@ -63,7 +63,10 @@ def random_chains() -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
     for stay in (0.5, 0.9, 0.95):
         arcs = torch.full((50, 50), (1 - stay) / 49, dtype=torch.float64).fill_diagonal_(stay).log()
         for scale in (1, 3):
-            yield f"50 states, stays with {stay}, emissions of scale {scale}", (normal(50), arcs, scale * normal(time, 50))
+            yield (
+                f"50 states, stays with {stay}, emissions of scale {scale}",
+                (normal(50), arcs, scale * normal(time, 50)),
+            )
     arcs = torch.full((50, 50), -torch.inf, dtype=torch.float64).fill_diagonal_(-0.1)
     arcs.diagonal(1).fill_(-2.4)
     yield "50 states from left to right", (torch.zeros(50).double(), arcs, normal(time, 50))

@@ -18,6 +18,7 @@ template <class Real> void exercise(int64_t N, Kind kind, int32_t chunk_frames, 
 int main() {
   exercise<float>(9, kShared, 4, 8, 8);
   exercise<float>(3, kShared, 4, 1, 1, 1), exercise<float>(3, kShared, 4, 8, 1, 0.1);  // neither meets, or not backward
+  exercise<float>(131, kShared, 1, 4, 4, 0.005);
 #ifndef __SANITIZE_THREAD__  // the same code, and ThreadSanitizer is slow
   exercise<float>(33, kPerSequence, 3, 8, 8), exercise<float>(128, kShared, 2, 7, 7), exercise<float>(1, kShared, 1, 2, 1);
   for (int64_t N : {5, 50, 96}) exercise<double>(N, kShared, 5, 16, 16);
