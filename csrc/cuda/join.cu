@@ -83,12 +83,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   double *part_double = carve<double>(at, kThreads / kWarp);
   const int N = p.states, lane = threadIdx.x % kWarp;
   const int64_t b = blockIdx.x, L = p.lengths[b], row = b * p.time * N, P = chunks_of(p);
-  if (L == 0) {  // the whole block
-    if (threadIdx.x == 0) method[b] = HMM_SCALED, log_partition[b] = 0, chunks.done[b] = 1;
+  const Certificate<Real> &certificate = *arcs_of<Real>(p, workspace, b).certificate;
+  if (L == 0 || !certificate.forgets) {  // the whole block: done by `join`
+    if (threadIdx.x == 0) chunks.done[b] = 0;
     return;
   }
-  const double taken = taken_out(p, b, centre, double(arcs_of<Real>(p, workspace, b).certificate->top), part,
-                                 part_double);
+  const double taken = taken_out(p, b, centre, double(certificate.top), part, part_double);
   const int64_t last = (L - 1) / p.chunk_frames;
   const Carried *carried = chunks.carried + b * P;
   double logs = 0, wrong = 0;  // alike in a warp
@@ -125,13 +125,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 // Are the posteriors that each chunk arrives with those of the chunk behind? A warp a chunk in turn.
 template <class Real>
 __global__ void __launch_bounds__(kThreads, 1)
-    join_chunks_back_kernel(hmm_problem p, ScaledChunks<Real> chunks, const int32_t *method) {
+    join_chunks_back_kernel(hmm_problem p, ScaledChunks<Real> chunks, const int32_t *method, void *workspace) {
   HMM_SHARED_MEMORY(at);
   Real *part = carve<Real>(at, kThreads / kWarp);
   const int N = p.states, lane = threadIdx.x % kWarp;
   const int64_t b = blockIdx.x, L = p.lengths[b], P = chunks_of(p);
+  const bool in_chunks = method[b] == HMM_SCALED && arcs_of<Real>(p, workspace, b).certificate->forgets;
   Real wrong = 0;
-  if (method[b] == HMM_SCALED)
+  if (in_chunks)
     for (int64_t chunk = threadIdx.x / kWarp; (chunk + 1) * p.chunk_frames < L; chunk += kThreads / kWarp) {
       const Real *arrived = chunks.arrived + (b * P + chunk) * N, *expected = chunks.left + (b * P + chunk + 1) * N;
       Real difference = 0;
@@ -140,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (!(difference <= ldexp(Real(1), -kSameBits<Real>)) && HMM_MUTATION != 54) wrong += 1;
     }
   wrong = block_sum<kThreads>(lane == 0 ? wrong : Real(0), part);
-  if (threadIdx.x == 0) chunks.done[b] = method[b] == HMM_SCALED && wrong == 0;
+  if (threadIdx.x == 0) chunks.done[b] = in_chunks && wrong == 0;
 }
 
 }  // namespace
@@ -162,9 +163,10 @@ int join_chunks(const hmm_problem &p, const ScaledChunks<Real> &chunks, Real *lo
 }
 
 template <class Real>
-int join_chunks_back(const hmm_problem &p, const ScaledChunks<Real> &chunks, const int32_t *method, void *stream) {
+int join_chunks_back(const hmm_problem &p, const ScaledChunks<Real> &chunks, const int32_t *method, void *workspace,
+                     void *stream) {
   return launch(join_chunks_back_kernel<Real>, dim3(unsigned(p.batch)), kThreads, carved<Real>(kThreads / kWarp),
-                stream, p, chunks, method);
+                stream, p, chunks, method, workspace);
 }
 
 #define HMM_INSTANTIATE(Real)                                                                                          \
@@ -172,7 +174,7 @@ int join_chunks_back(const hmm_problem &p, const ScaledChunks<Real> &chunks, con
                           const int32_t *, void *, void *);                                                            \
   template int join_chunks<Real>(const hmm_problem &, const ScaledChunks<Real> &, Real *, const Real *, Real *,        \
                                  const Real *, int32_t *, void *, void *);                                             \
-  template int join_chunks_back<Real>(const hmm_problem &, const ScaledChunks<Real> &, const int32_t *, void *);
+  template int join_chunks_back<Real>(const hmm_problem &, const ScaledChunks<Real> &, const int32_t *, void *, void *);
 HMM_INSTANTIATE(float)
 HMM_INSTANTIATE(double)
 

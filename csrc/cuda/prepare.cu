@@ -37,16 +37,17 @@ __global__ void __launch_bounds__(kWarp *kSlices)
   c = combine(c, [](Real x, Real y) { return x > y ? x : y; });
   // On a grid, differences of any two c are exact, and so is the shift that the emissions get.
   c = c == ninf ? ninf : rint(c * 64) / 64;
-  Real lowest = 0, forbidden = 0;
+  Real lowest = 0, forbidden = 0, entered = N == 1;
   for (int i = slice; i < rows; i += kSlices) {
     const Real s = c == ninf ? phi[i * N + j] : phi[i * N + j] - c;
     out.arcs[i * N + j] = exp(s);
     if (s == ninf) forbidden = 1;
-    else lowest = s < lowest ? s : lowest;
+    else lowest = s < lowest ? s : lowest, entered = i == j ? entered : Real(1);
   }
   lowest = combine(lowest, [](Real x, Real y) { return x < y ? x : y; });
   forbidden = combine(forbidden, [](Real x, Real y) { return x > y ? x : y; });
-  if (slice == 0 && j < N) out.top[j] = c, out.spread[j] = -lowest, out.forbidden[j] = forbidden;
+  entered = combine(entered, [](Real x, Real y) { return x > y ? x : y; });
+  if (slice == 0 && j < N) out.top[j] = c, out.spread[j] = -lowest, out.forbidden[j] = entered > 0 ? forbidden : Real(2);
 }
 
 // One block a matrix: which certificate its sequences need, and the least sum (scaled.h).
@@ -69,6 +70,7 @@ template <class Real> __global__ void __launch_bounds__(256) certificate_kernel(
   const bool mixing = !(forbidden > 0) && demanded <= kLowestTopBits - 4;  // beyond that, benign frames would fail it
   arcs.certificate->least = Real(exp2(mixing && demanded > R::kLeastSumBits ? demanded : double(R::kLeastSumBits)));
   arcs.certificate->top = top == negative_infinity<Real>() ? Real(0) : top;
+  arcs.certificate->forgets = forbidden < 2;
   arcs.certificate->mixing = mixing, arcs.certificate->usable = bits <= -R::kArcBits;
 }
 

@@ -181,8 +181,8 @@ __global__ void __launch_bounds__(64 * K, 1)
   const Walk walk = InChunks ? walk_along_chunk(p, p.lengths[b], blockIdx.y)
                              : walk_from_ends(p.lengths[b], gridDim.y == 2, from_end);
   if (InChunks && writer) clear_past_end<InChunks>(p, b, j, alpha);
-  if (walk.frames == 0) return;  // the whole block
   const Arcs<Real> packed = arcs_of<Real>(p, workspace, b);
+  if (walk.frames == 0 || (InChunks && !packed.certificate->forgets)) return;  // the whole block
   carried += InChunks ? chunk : 2 * b + from_end;
 
   Real arcs[4 * K];  // of column j, or row
@@ -253,8 +253,8 @@ __global__ void __launch_bounds__(64 * K, 1)
   const Walk walk =
       InChunks ? walk_back_in_chunk(p, L, blockIdx.y) : walk_to_ends(L, method[b] == HMM_BOTH_ENDS, to_end);
   if (writer && !to_end) clear_past_end<InChunks>(p, b, i, state);
-  if (walk.frames == 0) return;  // the whole block
   const Arcs<Real> packed = arcs_of<Real>(p, workspace, b);
+  if (walk.frames == 0 || (InChunks && !packed.certificate->forgets)) return;  // the whole block
 
   Real arcs[4 * K];  // of row i, or column
   hold<K>(packed.arcs + (to_end ? i : i * N), to_end ? N : 1, owner ? N : 0, share, arcs);
@@ -400,7 +400,7 @@ int scaled_backward(const hmm_problem &p, const Real *grad, const Real *alpha, c
   int status = prepare(p, false, const_cast<Real *>(centre), w, workspace, stream);
   if (!status && chunks.done) {
     status = walk(std::true_type{});
-    if (!status) status = join_chunks_back(p, chunks, method, stream);
+    if (!status) status = join_chunks_back(p, chunks, method, workspace, stream);
   }
   return status ? status : walk(std::false_type{});
 }

@@ -53,12 +53,13 @@ template <class Real> struct Certificate {
   Real top;        // max c
   int32_t mixing;  // all arcs allowed and within range: entries need not be looked at
   int32_t usable;  // no allowed arc was flushed
+  int32_t forgets;  // no state that nothing but itself leads to, as in left-to-right chains: scaled_chunks.h
 };
 
 // The arcs of one matrix, ready for use; and of their columns c(j), how far the lowest allowed arc lies below it, in
 // nats, and whether one is forbidden.
 template <class Real> struct Arcs {
-  Real *arcs, *top, *spread, *forbidden;  // (N, N), (N,), (N,), (N,) 0 or 1
+  Real *arcs, *top, *spread, *forbidden;  // (N, N), (N,), (N,), (N,) 0, 1, or 2 for all but the state's own
   Certificate<Real> *certificate;
   static __host__ __device__ constexpr int64_t bytes(int64_t N) {
     return (int64_t(sizeof(Real)) * (N * N + 3 * N) + 15) / 16 * 16 + int64_t(sizeof(Certificate<Real>) + 15) / 16 * 16;

@@ -6,9 +6,10 @@
 // the message that it arrives with is by then the last one of the chunk before, up to a factor and a relative kSame in each
 // state, so are all that follow, and the factor corrects Z (join_chunks). Backward, posteriors go from a frame to the one
 // before by p(z_t-1 | z_t, x_0..t-1), which brings no two apart in total variation: what a chunk arrives with may differ
-// by kSame from the posterior of the chunk behind (join_chunks_back). What is not the same then (chains that stay for
-// long, or that do not come back from where they go) is walked from the ends, as all sequences are without chunks.
-// P - 1 chunk ends add up to at most P kSame, and in practice to one: what a chunk begins with is forgotten in it.
+// by kSame from the posterior of the chunk behind (join_chunks_back). What is not the same then, of
+// chains that stay for long, is walked from the ends, as all sequences are without chunks; and so are chains that cannot
+// forget, since they have a state that nothing but itself leads to (Certificate::forgets), without an attempt. P - 1
+// chunk ends add up to at most P kSame, and in practice to one: what a chunk begins with is forgotten in it.
 //
 // For the best path, Maleki, Musuvathi and Mytkowicz (PPoPP 2014) parallelise so, by the ranks of tropical products.
 #pragma once
@@ -60,6 +61,7 @@ template <class Real>
 int join_chunks(const hmm_problem &p, const ScaledChunks<Real> &chunks, Real *log_partition, const Real *alpha,
                 Real *norm, const Real *centre, int32_t *method, void *workspace, void *stream);
 template <class Real>
-int join_chunks_back(const hmm_problem &p, const ScaledChunks<Real> &chunks, const int32_t *method, void *stream);
+int join_chunks_back(const hmm_problem &p, const ScaledChunks<Real> &chunks, const int32_t *method, void *workspace,
+                     void *stream);
 
 }  // namespace hmm

@@ -213,10 +213,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (s == own.s) walk = of_b;
   }
   if (InChunks && own.owns) clear_past_end<InChunks>(p, own.b, own.j, alpha);
-  if (most == 0) return;  // the whole block
-  const Matrix<S, Real> matrix(matrix_of(p, packed, from_end), groups, room);
   // Read in every step: registers are few.
   const Certificate<Real> &certificate = *arcs_of<Real>(p, workspace, blockIdx.x).certificate;
+  if (most == 0 || (InChunks && !certificate.forgets)) return;  // the whole block
+  const Matrix<S, Real> matrix(matrix_of(p, packed, from_end), groups, room);
   const Real smallest = ldexp(Real(1), Range<Real>::kEntryBits);  // messages below are suspect
 
   const int first = InChunks ? -int(walk.warm_up) : 0;  // step 0 is the first own frame
@@ -304,7 +304,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 // `counted`, which may be w, gets 2^k_t w_t b_t (the second half: 2^k_t w_t a_t), what the counts need.
 template <int S, bool InChunks, class Real>
 __global__ void __launch_bounds__(kThreads, 1)
-    wide_backward_kernel(hmm_problem p, const Real *packed, Groups groups, const Real *grad, const Real *alpha,
+    wide_backward_kernel(hmm_problem p, void *workspace, const Real *packed, Groups groups, const Real *grad, const Real *alpha,
                          const Real *norm, const int32_t *method, const Real *w, Real *counted, Real *state,
                          ScaledChunks<Real> chunks) {
   HMM_SHARED_MEMORY(at);
@@ -328,6 +328,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   }
   if (most == 0) return;  // the whole block
+  if (InChunks && !arcs_of<Real>(p, workspace, blockIdx.x).certificate->forgets) return;
   const Matrix<S, Real> matrix(matrix_of(p, packed, !to_end), groups, room);
   const int first = InChunks ? -int(walk.warm_up) : 0;  // step 0 is the first own frame
   const int n = own.owns ? int(walk.frames) + first : first, stride = walk.step * N;
@@ -421,8 +422,8 @@ int wide_backward(const hmm_problem &p, bool in_chunks, void *workspace, float *
     constexpr int S = decltype(sequences)::value;
     const size_t shared = Room<S, float>::bytes(groups.near);
     const auto walk = [&](auto kernel, dim3 walks) {
-      return launch(kernel, walks, kThreads, shared, stream, p, packed, groups, grad, alpha, norm, method, w, counted,
-                    state, chunks);
+      return launch(kernel, walks, kThreads, shared, stream, p, workspace, packed, groups, grad, alpha, norm, method, w,
+                    counted, state, chunks);
     };
     if constexpr (S == 1)
       if (in_chunks) return walk(wide_backward_kernel<1, true, float>, chunk_walks(p));

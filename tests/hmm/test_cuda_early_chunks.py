@@ -71,7 +71,7 @@ def test_chunks(chunks, monkeypatch, kind, states, frames, dtype):
     arguments["emission"][outside] = float("nan")
     scores, grad = scores_of(arguments), torch.tensor([1.0, 2.0, -1.0, 0.0, -3.0, 1e-20, 1e4], dtype=dtype)
     found = cuda.forward(*scores)
-    feasible = found[0].isfinite()
+    feasible = found[0].isfinite() & (arguments["lengths"] > 0)
     assert feasible.sum() > 4 and (found[4][feasible] == SCALED).all()
     state, edge = cuda.backward(grad, *scores, *found, True)
     assert (state[outside] == 0).all()
@@ -120,10 +120,10 @@ def test_chains_that_do_not_forget(chunks):
         for x, y in zip(*passes[:2], strict=True):
             assert x.shape[0] != len(long) or torch.equal(x[long], y[long])
         compare(arguments)
-    chunks(10, 60)  # each walk begins where the sequence does: chunks of any chain
-    arguments = left_to_right(9, 60, 1.0)
-    assert (cuda.forward(*scores_of(arguments))[4] == SCALED).all()
-    compare(arguments)
+    chunks(10, 60)  # each walk begins where the sequence does: those of any chain meet, but a state without a way in
+    for arguments, method in ((sticky(5, 60, 0.99), SCALED), (left_to_right(9, 60, 1.0), BOTH_ENDS)):
+        assert (cuda.forward(*scores_of(arguments))[4] == method).all()
+        compare(arguments)
 
 
 def test_posteriors_that_do_not_meet(on_cpu, monkeypatch):
