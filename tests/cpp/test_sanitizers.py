@@ -13,6 +13,7 @@ PROGRAMS = ("exercise", "exercise_best_paths", "exercise_halves", "exercise_semi
 def built(folder, sanitizer):
     flags = [*SANITIZERS[sanitizer], "-g1", "-fno-omit-frame-pointer"]
     options = [f"-DCMAKE_CXX_FLAGS={' '.join(flags)}", "-DCMAKE_BUILD_TYPE=None", "-DHMM_SPEECH_CUDA=OFF"]
+    options += ["-DHMM_SPEECH_PORTABLE=ON"] if sanitizer == "thread" else []
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None or shutil.which("cmake") is None:
         pytest.skip("no C++ compiler or no cmake here")
@@ -29,11 +30,11 @@ def built(folder, sanitizer):
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_the_c_interface(tmp_path, sanitizer):
-    """In each instruction set; under ThreadSanitizer, since threads meet alike in all, in this machine's best."""
+    """In each instruction set; under ThreadSanitizer, since threads meet alike in all, in the portable one."""
     programs, done = built(tmp_path, sanitizer), set()
     for instructions in ("", "avx2", "portable") if sanitizer == "address" else ("",):
         if instructions in done:
             continue
         said = two_at_a_time(lambda program, isa=instructions: run([program], HMM_SPEECH_ISA=isa).strip(), programs)
-        assert instructions != "portable" or set(said) == {"portable"}
+        assert not (instructions == "portable" or sanitizer == "thread") or set(said) == {"portable"}
         done.update(said)

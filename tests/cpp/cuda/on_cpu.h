@@ -145,6 +145,8 @@ struct Fiber {
   unsigned number;
   Block *block;
   const Meeting *waits_for = nullptr;
+  Meeting *met = nullptr;  // the last one of the warp, and its mask
+  uint32_t mask = 0;
   uint64_t round = 0;
   std::vector<Copy> copies;   // begun
   std::vector<int> commits;   // how many each holds
@@ -238,7 +240,9 @@ inline void sync_threads(int line) {
 ON_CPU_UNSEEN inline const uint64_t *exchange(unsigned mask, uint64_t value, bool orders_memory, int line) {
   const Unseen unseen;
   if (!(mask >> current->lane() & 1)) fail("lane %u, line %d: the mask is without it", current->lane(), line);
-  Meeting &m = current->block->warps[{current->number / 32, mask}];
+  if (!current->met || current->mask != mask)
+    current->met = &current->block->warps[{current->number / 32, mask}], current->mask = mask;
+  Meeting &m = *current->met;
   m.slot[m.round & 1][current->lane()] = value;
   return m.slot[meet(m, __builtin_popcount(mask), orders_memory, "warp operations", line) & 1];
 }
