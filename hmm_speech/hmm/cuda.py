@@ -168,13 +168,13 @@ class Call(ops._Call):
     def share(self, both_ends: bool) -> None:
         """Chooses how a pass goes through time; a function of the shape, since the passes in steps must agree."""
         batch, time, num_states = self.shape
-        processors = multiprocessors(self.device)
-        if not self.time_varying:
-            chunks = early_chunks(batch, time, num_states, self.dtype, processors, both_ends)
+        if not self.time_varying and time > _LEAST_WARM_UP:  # chunks of fewer frames save nothing
+            chunks = early_chunks(batch, time, num_states, self.dtype, multiprocessors(self.device), both_ends)
             self.problem.chunk_frames, self.problem.warm_up = chunks
         if not both_ends:
             return
         if self.time_varying:
+            processors = multiprocessors(self.device)
             halves = walk_varying_from_both_ends(batch, time, num_states, processors)
             if self.dtype == torch.float32:
                 beside = chunks_beside(self.device)

@@ -90,7 +90,7 @@ def test_chunks(chunks, monkeypatch, kind, states, frames, dtype):
 
 
 @given(
-    states=st.integers(1, 12), time=st.integers(2, 40), frames=st.integers(1, 39), early=st.integers(0, 40),
+    states=st.integers(1, 12), time=st.integers(33, 60), frames=st.integers(1, 59), early=st.integers(0, 40),
     kind=st.sampled_from(["shared", "per-sequence"]), seed=st.integers(0, 10_000),
     scale=st.sampled_from([0.1, 1.0, 10.0, 300.0]), shift=st.sampled_from([0.0, 1000.0, -1000.0]),
     forbidden=st.sampled_from([0.0, 0.3, 0.6]), dtype=st.sampled_from([torch.float32, torch.float64]),
