@@ -65,7 +65,8 @@ template <class Real> HMM_INLINE void store(Real *p, Vec<Real> v) { std::memcpy(
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 // All ones in the first n lanes, n less than the number of lanes. Lane by lane, parts of vectors went through memory: with
-// them forward, backward and Viterbi took 1.1 to 1.3 times as long at N = 50, 1.4 to 2 times at 10 (one core of a Zen 3).
+// them forward, backward and Viterbi took 1.4 to 2 times as long at N = 10, and at 50 1.2 to 1.4 times in one run, 0.9 to
+// 1.1 in another (one core of a Zen 3, noisy).
 HMM_INLINE __m256i first_lanes_of_8(int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n < 0 ? 0 : int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }

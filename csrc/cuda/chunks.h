@@ -14,6 +14,7 @@ template <class Real> bool by_chunks(const hmm_problem &p) {
   return sizeof(Real) == 4 && p.time_varying && p.states <= kChunkStates && p.chunk_frames > 0 &&
          p.time > p.chunk_frames && (p.time - 1) / p.chunk_frames < 65535;
 }
+
 struct Span {
   int64_t first, frames;  // frames: 0 or less where a sequence has no such chunk
   bool last;

@@ -4,6 +4,8 @@
 //   Z' = sum_j a_{L-1}(j), or from both ends sum_ij a_{m-1}(i) A(i, j) b_m(j);     norm[b, 0, 0] = 1 / Z'
 //   log Z = log Z' + sum_t (centre_t + max c) + the tops of initial and final scores - log 2^(30 walks + sum of k)
 //
+// And whether what the walks of chunks arrive with is what it must be (scaled_chunks.h), forward and backward.
+//
 // One block a sequence: N^2 arcs read from the caches, 4 L bytes of centres. Limits: none on N or T.
 #include "scaled_chunks.h"
 

@@ -55,8 +55,9 @@ int counts(const hmm_problem &p, const Real *grad, const Real *alpha, const Real
 
 // Scaled probabilities (scaled.cu), for transitions that do not vary over time and N of at most scaled_states<Real>().
 // Forward sets method to HMM_SCALED, where p.sharing is HMM_BY_ENDS to HMM_BOTH_ENDS, or to HMM_REDONE where the result
-// is not certified; where p.chunk_frames asks for chunks (scaled_chunks.h), to HMM_SCALED of those done so. Backward does those that are not HMM_REDONE and leaves scaled_messages, what `counts` takes as u,
-// in the workspace of scaled_workspace(p, backward) bytes.
+// is not certified; where p.chunk_frames asks for chunks (scaled_chunks.h), to HMM_SCALED of those done so. Backward does
+// those that are not HMM_REDONE and leaves scaled_messages, what `counts` takes as u, in the workspace of
+// scaled_workspace(p, backward) bytes.
 template <class Real> int64_t scaled_states();
 template <class Real> size_t scaled_workspace(const hmm_problem &p, bool backward);
 template <class Real> Real *scaled_messages(const hmm_problem &p, void *workspace);

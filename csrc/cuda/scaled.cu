@@ -334,7 +334,8 @@ template <class Real> static Real *behind_arcs(const hmm_problem &p, void *works
 }
 template <class Real> static size_t before_chunks(const hmm_problem &p, bool backward) {
   const size_t arcs = size_t(matrices(p) * Arcs<Real>::bytes(p.states)) + (wide(p) ? wide_bytes(p) : 0);
-  const size_t walks = backward ? sizeof(Real) * size_t(p.batch * p.time * p.states) : 2 * sizeof(Carried) * size_t(p.batch);
+  const size_t walks =
+      backward ? sizeof(Real) * size_t(p.batch * p.time * p.states) : 2 * sizeof(Carried) * size_t(p.batch);
   return (arcs + walks + 15) / 16 * 16;
 }
 template <class Real> size_t scaled_workspace(const hmm_problem &p, bool backward) {
@@ -346,6 +347,13 @@ template <class Real> Real *scaled_messages(const hmm_problem &p, void *workspac
 template <class Real> static ScaledChunks<Real> chunks_in(const hmm_problem &p, bool backward, void *workspace) {
   if (!scaled_by_chunks<Real>(p)) return ScaledChunks<Real>();
   return ScaledChunks<Real>(p, static_cast<char *>(workspace) + before_chunks<Real>(p, backward));
+}
+
+// Walks of all chunks, where there are any, and what they come to; then of the sequences that are not done so.
+template <class Walk, class Join> static int walk_all(bool chunks, Walk walk, Join join_walks) {
+  int status = chunks ? walk(std::true_type{}) : HMM_OK;
+  if (chunks && !status) status = join_walks();
+  return status ? status : walk(std::false_type{});
 }
 
 template <class Real>
@@ -369,11 +377,10 @@ int scaled_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Real 
     });
   };
   int status = prepare(p, true, centre, w, workspace, stream);
-  if (!status && chunks.done) {
-    status = walk(std::true_type{});
-    if (!status) status = join_chunks(p, chunks, log_partition, alpha, norm, centre, method, workspace, stream);
-  }
-  if (!status) status = walk(std::false_type{});
+  if (!status)
+    status = walk_all(chunks.done, walk, [&] {
+      return join_chunks(p, chunks, log_partition, alpha, norm, centre, method, workspace, stream);
+    });
   if (status) return status;
   return join(p, carried, log_partition, alpha, norm, centre, method, chunks.done, workspace, stream);
 }
@@ -397,12 +404,9 @@ int scaled_backward(const hmm_problem &p, const Real *grad, const Real *alpha, c
                     workspace, grad, alpha, norm, method, w, counted, state, chunks);
     });
   };
-  int status = prepare(p, false, const_cast<Real *>(centre), w, workspace, stream);
-  if (!status && chunks.done) {
-    status = walk(std::true_type{});
-    if (!status) status = join_chunks_back(p, chunks, method, workspace, stream);
-  }
-  return status ? status : walk(std::false_type{});
+  const int status = prepare(p, false, const_cast<Real *>(centre), w, workspace, stream);
+  if (status) return status;
+  return walk_all(chunks.done, walk, [&] { return join_chunks_back(p, chunks, method, workspace, stream); });
 }
 
 #define HMM_INSTANTIATE(Real)                                                                                        \

@@ -1,15 +1,16 @@
 // Scaled probabilities in chunks of p.chunk_frames frames, all at once, for transitions that do not vary over time.
 //
-// A message forgets where it came from: products with positive numbers bring any two closer in Hilbert's metric, d(a, b) =
-// log max_ij a(i) b(j) / (a(j) b(i)), and no product with numbers that are not negative brings them apart (Birkhoff 1957).
-// So the walk of a chunk begins p.warm_up frames before its own, from ones, and writes nothing until it comes to these. If
-// the message that it arrives with is by then the last one of the chunk before, up to a factor and a relative kSame in each
-// state, so are all that follow, and the factor corrects Z (join_chunks). Backward, posteriors go from a frame to the one
-// before by p(z_t-1 | z_t, x_0..t-1), which brings no two apart in total variation: what a chunk arrives with may differ
-// by kSame from the posterior of the chunk behind (join_chunks_back). What is not the same then, of
-// chains that stay for long, is walked from the ends, as all sequences are without chunks; and so are chains that cannot
-// forget, since they have a state that nothing but itself leads to (Certificate::forgets), without an attempt. P - 1
-// chunk ends add up to at most P kSame, and in practice to one: what a chunk begins with is forgotten in it.
+// A message forgets where it came from: products with positive numbers bring any two closer in Hilbert's metric, d(a,
+// b) = log max_ij a(i) b(j) / (a(j) b(i)), and no product with numbers that are not negative brings them apart
+// (Birkhoff 1957). So the walk of a chunk begins p.warm_up frames before its own, from ones, and writes nothing until
+// it comes to these. If the message that it arrives with is by then the last one of the chunk before, up to a factor
+// and a relative 2^-kSameBits in each state, so are all that follow, and the factor corrects Z (join_chunks). Backward,
+// posteriors go from a frame to the one before by p(z_t-1 | z_t, x_0..t-1), which brings no two apart in total
+// variation: what a chunk arrives with may differ by 2^-kSameBits from the posterior of the chunk behind
+// (join_chunks_back). What is not the same then, of chains that stay for long, is walked from the ends, as all
+// sequences are without chunks; and so are chains that cannot forget, since they have a state that nothing but itself
+// leads to (Certificate::forgets), without an attempt. P - 1 chunk ends add up to at most P 2^-kSameBits, and in
+// practice to one: what a chunk begins with is forgotten in it.
 //
 // For the best path, Maleki, Musuvathi and Mytkowicz (PPoPP 2014) parallelise so, by the ranks of tropical products.
 #pragma once
@@ -26,11 +27,11 @@ template <class Real> bool scaled_by_chunks(const hmm_problem &p) {
 
 // P chunks a sequence; of a pass, in its workspace. Null without chunks.
 template <class Real> struct ScaledChunks {
-  Real *weights = nullptr;         // (B, T, N): w, which walks of two chunks read
-  Real *arrived = nullptr;         // (B, P, N): what a chunk's walk arrives with
-  Real *left = nullptr;            // (B, P, N): backward, posteriors of a chunk's first frame
-  Carried *carried = nullptr;      // (B, P): forward, less the warm-up
-  int32_t *done = nullptr;         // (B,): 1 for a sequence that is done in chunks
+  Real *weights = nullptr;  // (B, T, N): w, which walks of two chunks read
+  Real *arrived = nullptr;  // (B, P, N): what a chunk's walk arrives with
+  Real *left = nullptr;  // (B, P, N): backward, posteriors of a chunk's first frame
+  Carried *carried = nullptr;  // (B, P): forward, less the warm-up
+  int32_t *done = nullptr;  // (B,): 1 for a sequence that is done in chunks
 
   static size_t bytes(const hmm_problem &p) {
     const size_t all = size_t(p.batch * chunks_of(p));

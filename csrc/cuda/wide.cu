@@ -304,9 +304,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 // `counted`, which may be w, gets 2^k_t w_t b_t (the second half: 2^k_t w_t a_t), what the counts need.
 template <int S, bool InChunks, class Real>
 __global__ void __launch_bounds__(kThreads, 1)
-    wide_backward_kernel(hmm_problem p, void *workspace, const Real *packed, Groups groups, const Real *grad, const Real *alpha,
-                         const Real *norm, const int32_t *method, const Real *w, Real *counted, Real *state,
-                         ScaledChunks<Real> chunks) {
+    wide_backward_kernel(hmm_problem p, void *workspace, const Real *packed, Groups groups, const Real *grad,
+                         const Real *alpha, const Real *norm, const int32_t *method, const Real *w, Real *counted,
+                         Real *state, ScaledChunks<Real> chunks) {
   HMM_SHARED_MEMORY(at);
   const Room<S, Real> room(at, groups.near);
   const int N = p.states;

@@ -54,8 +54,11 @@ def forgets(initial: Tensor, transition_NN: Tensor, emission_TN: Tensor, points:
 def random_chains() -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
     """What they are, and their scores: arcs of random scores, or that stay; emissions of random ones."""
     random = torch.Generator().manual_seed(0)
-    normal = lambda *shape: torch.randn(*shape, generator=random, dtype=torch.float64)  # noqa: E731
     time = 900
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
     for scale in (1, 3):
         for states in (10, 50, 128):
             name = f"{states} states, scores of scale {scale}"
