@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from hmm_speech import cli
 from hmm_speech.cli import app
 from hmm_speech.data.synthetic import sample_corpus
 from hmm_speech.data.textgrid import write_textgrid
@@ -52,12 +53,6 @@ def run(*arguments, code=0):
     result = CliRunner().invoke(app, [str(x) for x in arguments])
     assert result.exit_code == code, result.output + repr(result.exception)
     return result.stdout
-
-
-def main(*arguments):
-    """The installed entry point in a process of its own, where errors are printed."""
-    call = [sys.executable, "-m", "hmm_speech.cli", *map(str, arguments)]
-    return subprocess.run(call, capture_output=True, text=True, timeout=120)
 
 
 def test_evaluate_prints_what_training_wrote(trained):
@@ -137,7 +132,7 @@ def test_samples_follow_the_model(trained):
     np.testing.assert_allclose(found, pairs, atol=0.015)
 
 
-def test_mistakes_are_told_without_a_traceback(trained, tmp_path):
+def test_mistakes_are_told_without_a_traceback(trained, tmp_path, monkeypatch, capsys):
     checkpoint, units = trained[0] / "checkpoints/best.ckpt", trained[1]
     other = tmp_path / "other.parquet"
     write_units(sample_corpus(6, 10, 7, 2, seed=0), other)
@@ -154,8 +149,17 @@ def test_mistakes_are_told_without_a_traceback(trained, tmp_path):
         (("sample", checkpoint, "--num", 0), "--num: got 0"),
         (("bench", "--threads", 0), "--threads: got 0"),
     ):
-        done = main(*arguments)
-        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+        monkeypatch.setattr(sys, "argv", ["hmm-speech", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        told = capsys.readouterr().err
+        assert ended.value.code == 1 and message in told and "Traceback" not in told, told
+
+
+def test_a_mistake_ends_the_process(tmp_path):
+    call = [sys.executable, "-m", "hmm_speech.cli", "decode", tmp_path / "none.ckpt", tmp_path, "--out", tmp_path]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "none.ckpt: no such file" in done.stderr
 
 
 def test_units_of_another_quantizer_are_refused(tmp_path):

@@ -35,6 +35,9 @@ LIMITS |= {100: (64, 32, 228), 120: (48, 24, 100)}
 # Every width of scaled.cu, and the other regimes with and without tiles.
 STATES = {"shared": (32, 64, 96, 128, 256, 600, 1025), "per-sequence": (200,), "time-varying": (50, 128, 512, 520)}
 ARCHITECTURES = tuple(LIMITS)
+# Architectures by what PTX they are compiled from: 80's is that of 86 and 89 but for its name, and sources tell no more
+# apart (__CUDA_ARCH__ >= 800), which saves a fifth of the time.
+PTX = {75: (75,), 80: (80, 86, 89), 90: (90,), 100: (100,), 120: (120,)}
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)'")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _BOUNDS = re.compile(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)")
@@ -87,7 +90,7 @@ def _plain(name: str) -> str:
 def of(source: Path) -> list[Kernel]:
     """All kernels of a file, which is compiled for every architecture; no warning is let through."""
     with tempfile.TemporaryDirectory() as folder:
-        code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+        code = [f"-gencode=arch=compute_{a},code=[{','.join(f'sm_{x}' for x in real)}]" for a, real in PTX.items()]
         said = _nvcc(*code, "-Xptxas", "-v", "-c", source, "-o", f"{folder}/object.o", "--keep", "--keep-dir", folder)
         bounds = dict(pair for ptx in Path(folder).glob("*.ptx") for pair in _BOUNDS.findall(ptx.read_text()))
     threads = {_plain(name): int(count) for name, count in bounds.items()}
