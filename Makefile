@@ -33,7 +33,7 @@ lint: .venv/installed
 	  $$SUDO apt-get update && $$SUDO apt-get install -y python3-venv && $(PYTHON) -m venv .venv; }
 
 .venv/installed: .venv/bin/pip pyproject.toml $(wildcard csrc/CMakeLists.txt csrc/*/*)
-	$(BIN)/pip install --editable '.[dev]'
+	$(BIN)/pip install --no-compile --editable '.[dev]'
 	touch $@
 
 clean:

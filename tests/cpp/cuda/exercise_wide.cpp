@@ -24,6 +24,7 @@ void chain(int64_t T, int64_t N, bool far_apart) {
 
 void exercise(int kilobytes, int multiprocessors, std::initializer_list<int64_t> sizes = {}) {
   on_cpu::shared_memory_limit = kilobytes * 1024, on_cpu::multiprocessors = multiprocessors;
+  chain(4, 131, true);
   Exercise<float>(3, 256, kShared, 1, 0).run(false);
 #ifndef __SANITIZE_THREAD__  // the same code, and ThreadSanitizer is slow
   for (int64_t N : sizes) Exercise<float>(4, N, kShared, 1, N % 2 ? 0.3 : 0).run(false);
@@ -31,7 +32,6 @@ void exercise(int kilobytes, int multiprocessors, std::initializer_list<int64_t>
   Exercise<float>(3, 170, kShared, 300, 0.3).run(false);
   chain(5, 177, false);
 #endif
-  chain(4, 131, true);
 }
 
 }  // namespace

@@ -43,7 +43,7 @@ dim3 grid, block;
 
 namespace {
 
-constexpr size_t kStack = 64 * 1024, kRedZone = 64, kMostArrays = 64, kMostStacks = 6000;
+constexpr size_t kStack = 64 * 1024, kRedZone = 64, kMostArrays = 64, kMostStacks = 1536;
 
 template <class... Numbers> [[noreturn]] void fail(const char *format, Numbers... numbers) {
   fprintf(stderr, "on_cpu: ");
@@ -224,8 +224,9 @@ struct Stack {
 };
 std::vector<Stack> spare_stacks;  // of earlier launches
 
-// A stack for a thread of a block, kept in `used`. Reused within a launch it orders two blocks for ThreadSanitizer, which
-// takes some 8,000 at most: where there are more threads, the first blocks' are.
+// A stack for a thread of a block, kept in `used`. Reused within a launch it orders two blocks for ThreadSanitizer, whose
+// every barrier takes as long as there are stacks: where there are more threads, the first blocks' are, so that three
+// blocks of 512 threads that follow each other, six of 256, stay apart.
 Stack &take_stack(std::deque<Stack> &used) {
   if (spare_stacks.empty() && used.size() >= kMostStacks) {
     spare_stacks.push_back(std::move(used.front()));
