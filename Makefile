@@ -8,6 +8,9 @@ ARGS ?=
 # Processes that the tests are shared out to, a file at a time, in order: those of tests/cpp, which are few and long, early.
 # 0: none but this one. Each has one thread, beside which others would only wait; tests of threads ask for more.
 WORKERS ?= auto
+# pip compiles no bytecode (--no-compile), which is half of its time and mostly for what is never imported; what is
+# imported is compiled and kept then, also where the environment says that it should not be.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: train test bench lint clean
 
