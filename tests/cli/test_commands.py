@@ -14,7 +14,6 @@ import pytest
 from typer.testing import CliRunner
 
 from hmm_speech import cli
-from hmm_speech.cli import app
 from hmm_speech.data.synthetic import sample_corpus
 from hmm_speech.data.textgrid import write_textgrid
 from hmm_speech.data.unitfile import Phone, read_units, write_units
@@ -50,7 +49,7 @@ def trained(tmp_path_factory):
 
 
 def run(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(x) for x in arguments])
+    result = CliRunner().invoke(cli.app, [str(x) for x in arguments])
     assert result.exit_code == code, result.output + repr(result.exception)
     return result.stdout
 

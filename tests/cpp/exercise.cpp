@@ -80,7 +80,7 @@ template <class Real> void exercise(int B, int T, int N, Kind kind, double scale
 template <class Real> void all() {
   for (int N : {1, 2, 7, 8, 9, 16, 17, 31, 33, 64, 65, 70})
     for (Kind kind : {kShared, kPerSequence, kTimeVarying})
-      for (int B : {1, 3, 8, 11}) {
+      for (int B : {1, 2, 3, 8, 11}) {
         const int T = 1 + (N + B) % 6;
         exercise<Real>(B, T, N, kind, 1, 0, B % 2, 1 + B % 3);
         exercise<Real>(B, T, N, kind, 1, .4, B % 2 == 0, 2);

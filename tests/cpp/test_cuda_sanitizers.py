@@ -37,7 +37,7 @@ class Built:
 
     def __init__(self, folder: Path, sanitizer: str):
         self.folder, self.flags = folder, ["-g1", *build.SANITIZERS[sanitizer]]
-        sources = [build.ENGINE, *build.SOURCES, *PROGRAMS]
+        sources = [*build.LINKED, *PROGRAMS]
         self.objects = dict(zip(sources, self.compiled("whole", sources, []), strict=True))
 
     def compiled(self, name: str, sources: list[Path], flags: list[str]) -> list[Path]:
@@ -46,7 +46,7 @@ class Built:
     def program(self, source: Path, name: str = "whole", objects: dict[Path, Path] | None = None) -> Path:
         """A program, linked with all kernels and what executes them."""
         objects, found = objects or self.objects, self.folder / name / source.stem
-        parts = [objects[x] for x in (source, build.ENGINE, *build.SOURCES)]
+        parts = [objects[x] for x in (source, *build.LINKED)]
         build.run([build.compiler(), *self.flags, *parts, "-o", found])
         return found
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[3]
 HERE = ROOT / "tests/cpp/cuda"
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 ENGINE = HERE / "on_cpu.cpp"
+LINKED = [ENGINE, *SOURCES]  # what every library and program of them is made of
 # Products and sums are not fused, as they need not be on a GPU.
 FLAGS = ["-std=c++20", "-ffp-contract=off", "-DHMM_ON_CPU", "-Wall", "-Wno-unknown-pragmas", "-fPIC", f"-I{HERE}",
          *(f"-I{ROOT}/{folder}" for folder in ("csrc/include", "csrc", "csrc/cuda"))]  # fmt: skip
@@ -67,7 +68,7 @@ def library(folder: Path) -> Path:
     made = folder / "libhmm_cuda_on_cpu.so"
     if made.exists():
         return made
-    run([compiler(), "-shared", *compiled(folder, [*SOURCES, ENGINE], ["-O2"]), "-o", made])
+    run([compiler(), "-shared", *compiled(folder, LINKED, ["-O2"]), "-o", made])
     return made
 
 

@@ -5,6 +5,7 @@
 namespace {
 
 constexpr float kForbidden = -std::numeric_limits<float>::infinity();
+constexpr std::initializer_list<int64_t> kSizes = {129, 131, 160, 200, 255};
 
 // A chain that stays in a state or goes to the next one. Far apart: in frame 1, between others that say nothing, states
 // that can be reached have weights that scaled probabilities do not keep, which nothing but a search for them shows.
@@ -37,8 +38,8 @@ void exercise(int kilobytes, int multiprocessors, std::initializer_list<int64_t>
 }  // namespace
 
 int main() {
-  exercise(64, 68, {129, 131, 160, 200, 255});
-  exercise(99, 1, {129, 131, 160, 200, 255});
+  exercise(64, 68, kSizes);
+  exercise(99, 1, kSizes);
 #ifndef __SANITIZE_THREAD__
   exercise(163, 5), exercise(99, 68), exercise(227, 68), exercise(32, 68), exercise(64, 1);
 #endif
