@@ -11,7 +11,7 @@ constexpr int64_t kChunkStates = 64;  // what a transfer matrix may have: its ti
 
 // Whether a pass cuts sequences into chunks; and into how many at most.
 template <class Real> bool by_chunks(const hmm_problem &p) {
-  return sizeof(Real) == 4 && p.time_varying && p.states <= kChunkStates && p.chunk_frames > 0 &&
+  return sizeof(Real) == 4 && p.time_varying && p.states <= kChunkStates && p.chunk_frames > 0 && p.warm_up == 0 &&
          p.time > p.chunk_frames && (p.time - 1) / p.chunk_frames < 65535;
 }
 

@@ -34,7 +34,7 @@ template <class Real> struct Workspace {
   Workspace(const hmm_problem &p, bool backward) {
     if (scaled<Real>(p)) for_sweeps = scaled_workspace<Real>(p, backward);
     if (in_steps<Real>(p)) for_sweeps = steps_workspace<Real>(p, backward);
-    if (p.time_varying && !backward) for_sweeps = log_space_workspace(p);
+    if (p.time_varying) for_sweeps = log_space_workspace<Real>(p, backward);
     for_sweeps = (for_sweeps + 15) / 16 * 16;
     if (backward && in_blocks(p)) blocks = size_t(count_blocks(p));
   }
@@ -94,7 +94,7 @@ int backward(const hmm_problem *p, const Real *grad, const Real *log_partition, 
     return edge && summed_over_batch(*p) ? fill_zeros(edge, size_t(p->states * p->states) * sizeof(Real), stream)
                                          : HMM_OK;
   if (p->time_varying)
-    return log_space_backward(*p, grad, log_partition, alpha, norm, centre, method, state, edge, stream);
+    return log_space_backward(*p, grad, log_partition, alpha, norm, centre, method, state, edge, workspace, stream);
   const Real *u = nullptr;
   if (scaled<Real>(*p)) {
     const int status = scaled_backward(*p, grad, alpha, norm, centre, method, state, workspace, stream);

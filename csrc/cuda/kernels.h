@@ -9,16 +9,16 @@ namespace hmm {
 
 // In log space, for transitions that vary over time (log_space.cu, log_space_back.cu): method becomes HMM_LOG_SPACE, or
 // where p.sharing is HMM_BY_ENDS HMM_BOTH_ENDS, and where p.chunk_frames asks for chunks HMM_CHUNKS, unless a sequence
-// cannot be done so; backward follows it. edge: (B, T-1, N, N) or null. The workspace is the forward pass's, of
-// log_space_workspace(p) bytes.
-size_t log_space_workspace(const hmm_problem &p);
+// cannot be done so; or, where p.warm_up does not either, HMM_LOG_SPACE of those that are done so. Backward follows it.
+// edge: (B, T-1, N, N) or null. The workspace is of log_space_workspace(p, backward) bytes.
+template <class Real> size_t log_space_workspace(const hmm_problem &p, bool backward);
 template <class Real>
 int log_space_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Real *norm, Real *centre, int32_t *method,
                       void *workspace, void *stream);
 template <class Real>
 int log_space_backward(const hmm_problem &p, const Real *grad, const Real *log_partition, const Real *alpha,
                        const Real *norm, const Real *centre, const int32_t *method, Real *state, Real *edge,
-                       void *stream);
+                       void *workspace, void *stream);
 
 // In log space with messages in float64, for transitions that do not (redo.cu): of the sequences whose method is
 // HMM_REDONE, or of all, whose method becomes that. redo_counts adds to the blocks that `counts` sets, from the

@@ -16,7 +16,8 @@
 //
 // In chunks, whose ends transfer.cu and bridge.cu know, each is a chain of its own that a block walks from its front:
 // from the log messages of the frame before it, through the arcs into its first frame, to its last one, to which the
-// log messages from behind are added as final scores are. What is done so is left out of the other kernels.
+// log messages from behind are added as final scores are. Chunks that begin early: early_chunks.h. What is done so is
+// left out of the other kernels.
 //
 // Scores pass through shared memory (staging.h). From the front, N / 32 warps or more hold a column a thread, several
 // threads a column for N up to 256; from the end, up to 32 lanes go along a row, as many as a chunk's rows leave. A
@@ -30,6 +31,7 @@
 #include "log_space.h"
 
 #include "chunks.h"
+#include "early_chunks.h"
 
 namespace hmm {
 namespace {
@@ -144,8 +146,10 @@ __global__ void __launch_bounds__(kJoinThreads, 1)
 
 }  // namespace
 
-size_t log_space_workspace(const hmm_problem &p) {
-  return 2 * sizeof(double) * size_t(p.batch) + (by_chunks<float>(p) ? Chunks::bytes(p) : 0);
+template <class Real> size_t log_space_workspace(const hmm_problem &p, bool backward) {
+  const size_t early = EarlyChunks<Real>::bytes(p);
+  if (backward) return early;
+  return 2 * sizeof(double) * size_t(p.batch) + (by_chunks<Real>(p) ? Chunks::bytes(p) : early);
 }
 
 template <class Real, bool Large, bool RowTiles>
@@ -172,11 +176,7 @@ template <class Real>
 int log_space_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Real *norm, Real *centre, int32_t *method,
                       void *workspace, void *stream) {
   if (p.batch == 0) return HMM_OK;
-  const bool large = p.states > kMostThreads;
-  const int most = large ? kTile : kMostThreads;
-  const auto fixed = large ? ForwardMemory<Real, true>::bytes : ForwardMemory<Real, false>::bytes;
-  const Tiling o = tiling_of<Real>(p.states, most, kMostThreads, kTile, fixed(p.states, most));
-  const size_t bytes = Ring<Real, true>::bytes(o) + fixed(p.states, o.threads);
+  const auto [large, o, bytes] = forward_block<Real>(p.states);
   double *const taken = static_cast<double *>(workspace);
   const int32_t *done = nullptr;  // what is done in chunks
   if constexpr (sizeof(Real) == 4)
@@ -190,6 +190,12 @@ int log_space_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Re
         status = launch(chunk_forward_kernel<Real>, grid, o.threads, bytes, stream, p, o, chunks, alpha, norm, centre);
       if (status) return status;
     }
+  const EarlyChunks<Real> early(p, taken + 2 * p.batch);
+  if (early.done) {
+    done = early.done;
+    const int status = early_forward(p, early, log_partition, alpha, norm, centre, method, stream);
+    if (status) return status;
+  }
   if (p.sharing == HMM_BY_ENDS) {
     const auto halves = large                 ? halves_forward<Real, true, true>
                         : p.states > kRowTile ? halves_forward<Real, false, true>
@@ -201,6 +207,7 @@ int log_space_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Re
 }
 
 #define HMM_OF(Real)                                                                                               \
+  template size_t log_space_workspace<Real>(const hmm_problem &, bool);                                            \
   template int log_space_forward<Real>(const hmm_problem &, Real *, Real *, Real *, Real *, int32_t *, void *, void *);
 HMM_OF(float)
 HMM_OF(double)

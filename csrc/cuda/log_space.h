@@ -164,10 +164,12 @@ __device__ __forceinline__ void clear(int64_t from, int64_t frames, int64_t N, R
 
 // One walk of a sequence from one end; `alpha`, `norm` and `centre` are the sequence's. Returns, for thread 0, log Z
 // where the walk goes through all of it, else what has been taken out: -inf where no path is left. Where q.entry is
-// known (from the front only), arcs lead into frame 0 as into the others.
-template <bool FromEnd, class Real, bool Large, bool Tiled>
+// known (from the front only), arcs lead into frame 0 as into the others. Early: the first `warm_up` frames are another
+// chunk's; the last message of these comes to `arrived`, of 2 N numbers, and what is taken out is that of the others.
+template <bool FromEnd, class Real, bool Large, bool Tiled, bool Early = false>
 __device__ __forceinline__ double forward_walk(const Tiling &o, unsigned char *memory, const Sequence<Real> &q,
-                                               bool both, Real *alpha, Real *norm, Real *centre) {
+                                               bool both, Real *alpha, Real *norm, Real *centre, int64_t warm_up = 0,
+                                               Real *arrived = nullptr) {
   constexpr int kStep = FromEnd ? -1 : 1;
   constexpr bool kAhead = !Large && !Tiled;  // where a step is short, and a column one thread's
   const int N = o.states, thread = threadIdx.x, threads = blockDim.x, warps = threads / kWarp;
@@ -192,7 +194,8 @@ __device__ __forceinline__ double forward_walk(const Tiling &o, unsigned char *m
   for (bool goes_on = walk.frames > 0; goes_on; t += kStep) {
     Frame<Real> frame(q, t, kAhead, ahead);
     ahead = kAhead ? q.next_emission(t + kStep) : Real(0);
-    Real *const norm_t = norm + t * N, *const alpha_t = alpha + t * N;
+    const bool early = Early && t < warm_up - (HMM_MUTATION == 56);
+    Real *const norm_t = early ? arrived + N : norm + t * N, *const alpha_t = early ? arrived : alpha + t * N;
     Real *const tops = Large ? norm_t : held.partial_top, *const sums = Large ? alpha_t : held.partial_sum;
     Real top_c = FromEnd ? Real(0) : negative_infinity<Real>();
     const bool begins = t == walk.first && !enters;
@@ -230,15 +233,29 @@ __device__ __forceinline__ double forward_walk(const Tiling &o, unsigned char *m
     goes_on = feasible && !last;
 #pragma unroll 1
     for (int j = thread; j < N; j += threads) alpha_t[j] = feasible ? held.messages[j] - middle : held.messages[j];
-    if (thread != 0) continue;
-    centre[t] = C;
+    if (thread != 0 || (early && feasible && HMM_MUTATION != 57)) continue;
+    if (!early) centre[t] = C;
     *held.taken += double(C) + double(frame.top_e) + double(frame.top_f) + double(middle);
   }
   ring.stop();
   // Frames that no path reaches.
-  const int64_t from = FromEnd ? end + 1 : t, left = FromEnd ? t - end : end - t;
+  const int64_t from = FromEnd ? end + 1 : Early ? max(t, warm_up) : t, left = FromEnd ? t - end : end - from;
   clear(from, left, N, alpha, norm, centre);
-  return walk.frames == q.length ? finish(held, N, q.length, middle) : thread == 0 ? *held.taken : 0;
+  return walk.frames == q.length && !Early ? finish(held, N, q.length, middle) : thread == 0 ? *held.taken : 0;
+}
+
+// What a block of whole walks from the front needs, by whether there are more columns than threads.
+struct ForwardBlock {
+  bool large;
+  Tiling tiling;
+  size_t bytes;
+};
+template <class Real> ForwardBlock forward_block(int64_t states) {
+  const bool large = states > kMostThreads;
+  const int most = large ? kTile : kMostThreads;
+  const auto fixed = large ? ForwardMemory<Real, true>::bytes : ForwardMemory<Real, false>::bytes;
+  const Tiling o = tiling_of<Real>(states, most, kMostThreads, kTile, fixed(states, most));
+  return {large, o, Ring<Real, true>::bytes(o) + fixed(states, o.threads)};
 }
 
 }  // namespace

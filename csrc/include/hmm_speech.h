@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-#define HMM_ABI_VERSION 6
+#define HMM_ABI_VERSION 7
 #define HMM_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -49,7 +49,8 @@ typedef struct hmm_problem {
   int32_t threads;      /* at least 1 */
   int32_t sharing;      /* enum hmm_sharing */
   int32_t chunk_frames; /* of a chunk, 0 for none: on a GPU, the same in hmm_cuda_forward and hmm_cuda_backward */
-  int32_t warm_up;      /* where time_varying is 0, frames that a chunk begins early (csrc/cuda/scaled_chunks.h); 0: no chunks */
+  int32_t warm_up;      /* frames that a chunk begins early (csrc/cuda/scaled_chunks.h, early_chunks.h); where it is 0, only
+                           time_varying of 1 knows chunks */
 } hmm_problem;
 
 /* Forward algorithm.
@@ -239,10 +240,10 @@ HMM_API int hmm_low_rank_backward_f64(const hmm_low_rank *, const double *grad, 
  * steps one after the other (HMM_BOTH_ENDS), or HMM_BY_SEQUENCES, as samples need it; threads are not looked at. Where
  * time_varying is 1, HMM_BOTH_ENDS is HMM_LOG_SPACE for the first (L + 1) / 2 frames; in the others alpha holds log
  * messages from the end, maximum 0, and norm + centre the log-sum over the next state, and of frames 0 and L-1 centre
- * holds what the halves meet with (csrc/cuda/log_space.cu). Where chunk_frames is more than 0 too, sequences of more frames
- * may be done in chunks of as many (csrc/cuda/transfer.cu; float only, N up to 64): HMM_CHUNKS is HMM_LOG_SPACE, but that
- * alpha of a chunk's last frame has the log messages from behind it added, and its maximum is 0 then. `workspace` is
- * hmm_cuda_workspace() bytes, from whose start on nothing is kept between calls. */
+ * holds what the halves meet with (csrc/cuda/log_space.cu). Where chunk_frames is more than 0, sequences of more frames may
+ * be done in chunks of as many. Where warm_up is too, that is HMM_LOG_SPACE; else (csrc/cuda/transfer.cu; float only, N up to
+ * 64) HMM_CHUNKS, which is HMM_LOG_SPACE, but that alpha of a chunk's last frame has the log messages from behind it added,
+ * and its maximum is 0 then. `workspace` is hmm_cuda_workspace() bytes, from whose start on nothing is kept between calls. */
 #define HMM_CUDA_MOST_STATES 8192
 #define HMM_CUDA_MOST_STATES_VARYING 4096 /* where time_varying is 1 */
 enum hmm_cuda_pass { HMM_CUDA_FORWARD = 0, HMM_CUDA_BACKWARD = 1 };

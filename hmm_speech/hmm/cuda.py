@@ -86,10 +86,18 @@ def chunk_frames(batch: int, time: int, num_states: int, multiprocessors: int, b
     return found
 
 
-# Shared transitions in chunks that begin early (scaled_chunks.h): frames until a message has forgotten where it began,
-# 8 to 38 for random scores and those of the recipes, more for states that stay (recipes/layer/forgetting.py); and warps
-# that a multiprocessor issues from while a step waits, some 25 cycles each of 540.
-_LEAST_WARM_UP, _MOST_WARM_UP, _WARPS, _CHUNKED_STATES = 32, 128, 20, {torch.float32: 256, torch.float64: 96}
+# Chunks that begin early (scaled_chunks.h, early_chunks.h): frames until a message has forgotten where it began, 8 to 38
+# for random scores and those of the recipes, more for states that stay (recipes/layer/forgetting.py).
+_LEAST_WARM_UP, _MOST_WARM_UP = 32, 128
+# Where transitions do not vary: warps that a multiprocessor issues from while a step waits, some 25 cycles each of 540.
+_WARPS, _CHUNKED_STATES = 20, {torch.float32: 256, torch.float64: 96}
+# Where they do: us that a block takes for a byte of its arcs, and bytes that the memory brings in a us for each
+# multiprocessor, of A100, H100 and B200, and elsewhere.
+_BYTE, _BYTES, _LEAST_BYTES = 2e-5, {(8, 0): 14e3, (9, 0): 25e3, (10, 0): 54e3}, 8e3
+
+
+def warm_up_frames(time: int, dtype: torch.dtype) -> int:
+    return min(max(time // 16, _LEAST_WARM_UP), _MOST_WARM_UP) * (2 if dtype == torch.float64 else 1)
 
 
 def early_chunks(
@@ -102,9 +110,8 @@ def early_chunks(
     warm-up would be more work for little."""
     if batch == 0 or num_states > _CHUNKED_STATES[dtype]:
         return 0, 0
-    double = dtype == torch.float64
-    warm_up = min(max(time // 16, _LEAST_WARM_UP), _MOST_WARM_UP) * (2 if double else 1)
-    beside = 1 if double else max(1, _WARPS // -(-num_states // 8))
+    warm_up = warm_up_frames(time, dtype)
+    beside = 1 if dtype == torch.float64 else max(1, _WARPS // -(-num_states // 8))
     chunks = max(1, beside * multiprocessors // batch)
     frames = max(-(-time // chunks), warm_up // 2)
     step = _WIDE_STEP if num_states >= _WIDE_FROM else _STEP
@@ -112,8 +119,36 @@ def early_chunks(
     return (frames, warm_up) if frames < time and saved > 2 * _LAUNCH else (0, 0)
 
 
+def early_varying_chunks(
+    batch: int, time: int, num_states: int, dtype: torch.dtype, multiprocessors: int, memory: float, both_ends: bool
+) -> tuple[int, int]:
+    """The same where transitions vary over time, one chunk or half a multiprocessor.
+
+    A frame is a step's chain, or the reading of its arcs, by a block or by all that walk, from a memory that brings so
+    many bytes a us. So more chunks, whose warm-ups read more, do not always take less time. They must halve it: no
+    certificate says beforehand that a chain forgets, and of one that does not, walks of chunks are for nothing."""
+    warm_up, arcs = warm_up_frames(time, dtype), num_states**2 * dtype.itemsize
+
+    def cost(steps: int, walks: int) -> float:
+        return steps * max(_VARYING_STEP, arcs * _BYTE, walks * arcs / memory)
+
+    found = 0, 0
+    least = (cost(time // 2, 2 * batch) if both_ends else cost(time, min(batch, multiprocessors))) / 2
+    for chunks in range(2, min(multiprocessors // max(batch, 1), 2 * time // warm_up) + 1):
+        frames = -(-time // chunks)
+        taken = cost(frames + warm_up, chunks * batch) + 2 * _LAUNCH
+        if batch and taken < least:
+            found, least = (frames, warm_up), taken
+    return found
+
+
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes that its memory brings in a us, by the kind of GPU."""
+    return _BYTES.get(torch.cuda.get_device_capability(device), _LEAST_BYTES) * multiprocessors(device)
 
 
 def chunks_beside(device: torch.device) -> int:
@@ -167,20 +202,22 @@ class Call(ops._Call):
 
     def share(self, both_ends: bool) -> None:
         """Chooses how a pass goes through time; a function of the shape, since the passes in steps must agree."""
-        batch, time, num_states = self.shape
-        if not self.time_varying and time > _LEAST_WARM_UP:  # chunks of fewer frames save nothing
-            chunks = early_chunks(batch, time, num_states, self.dtype, multiprocessors(self.device), both_ends)
-            self.problem.chunk_frames, self.problem.warm_up = chunks
-        if not both_ends:
-            return
-        if self.time_varying:
-            processors = multiprocessors(self.device)
-            halves = walk_varying_from_both_ends(batch, time, num_states, processors)
-            if self.dtype == torch.float32:
-                beside = chunks_beside(self.device)
-                self.problem.chunk_frames = chunk_frames(batch, time, num_states, processors, beside)
+        shape, long = self.shape, self.shape[1] > _LEAST_WARM_UP  # early chunks of fewer frames save nothing
+        frames = warm_up = 0
+        if not self.time_varying:
+            halves = both_ends and walk_both_ends(*shape[1:], self.in_steps)
+            if long:
+                processors = multiprocessors(self.device)
+                frames, warm_up = early_chunks(*shape, self.dtype, processors, both_ends)
         else:
-            halves = walk_both_ends(time, num_states, self.in_steps)
+            processors = multiprocessors(self.device)
+            halves = both_ends and walk_varying_from_both_ends(*shape, processors)
+            if both_ends and self.dtype == torch.float32:
+                frames = chunk_frames(*shape, processors, chunks_beside(self.device))
+            if long and not frames:
+                memory = memory_of(self.device)
+                frames, warm_up = early_varying_chunks(*shape, self.dtype, processors, memory, halves)
+        self.problem.chunk_frames, self.problem.warm_up = frames, warm_up
         if halves:
             self.problem.sharing = library.BY_ENDS
 

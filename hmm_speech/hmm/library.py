@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 REDONE = 1  # HMM_REDONE
 BY_SEQUENCES, BY_ENDS, BY_STEPS = 0, 1, 2  # enum hmm_sharing
 CUDA_MOST_STATES, CUDA_MOST_STATES_VARYING = 8192, 4096  # HMM_CUDA_MOST_STATES, and with a time axis

@@ -125,6 +125,12 @@ NOTICED_BY = {
     53: ("address", "exercise_early_chunks"),  # messages that are not the same taken for it
     54: ("address", "exercise_early_chunks"),  # and posteriors
     55: ("thread", "exercise_early_chunks"),  # a message put where another chunk does
+    56: ("thread", "exercise_early_varying"),  # the same where transitions vary
+    57: ("address", "exercise_early_varying"),  # what another chunk's frames took out counted: wrong numbers
+    58: ("address", "exercise_early_varying"),  # messages that are not the same taken for it
+    59: ("address", "exercise_early_varying"),  # and posteriors
+    60: ("thread", "exercise_early_varying"),  # posteriors put where another chunk does
+    61: ("thread", "exercise_early_varying"),  # a barrier removed, where what chunks come to is added up
 }
 
 

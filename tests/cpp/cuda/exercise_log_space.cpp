@@ -126,7 +126,7 @@ template <class Real> struct Reference {
 template <class Real>
 int forward_pass(const hmm_problem &p, bool all, Real *z, Real *alpha, Real *norm, Real *centre, int32_t *method) {
   if (p.time_varying) {
-    std::vector<double> workspace(hmm::log_space_workspace(p) / sizeof(double));
+    std::vector<double> workspace(hmm::log_space_workspace<Real>(p, false) / sizeof(double));
     return hmm::log_space_forward<Real>(p, z, alpha, norm, centre, method, workspace.data(), nullptr);
   }
   return p.batch ? hmm::redo_forward<Real>(p, all, z, alpha, norm, centre, method, nullptr) : HMM_OK;
@@ -134,7 +134,7 @@ int forward_pass(const hmm_problem &p, bool all, Real *z, Real *alpha, Real *nor
 template <class Real>
 int backward_pass(const hmm_problem &p, const Real *grad, const Real *z, const Real *alpha, const Real *norm, const Real *centre,
                   const int32_t *method, Real *state, Real *edge) {
-  if (p.time_varying) return hmm::log_space_backward<Real>(p, grad, z, alpha, norm, centre, method, state, edge, nullptr);
+  if (p.time_varying) return hmm::log_space_backward<Real>(p, grad, z, alpha, norm, centre, method, state, edge, nullptr, nullptr);
   if (p.batch == 0) return HMM_OK;
   const int status = hmm::redo_backward<Real>(p, grad, z, alpha, norm, centre, method, state, nullptr);
   if (status || !edge || p.time == 0) return status;

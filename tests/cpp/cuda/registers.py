@@ -158,6 +158,12 @@ def shared_memory(library_file: Path, folder: Path) -> dict[str, int]:
         patch.setattr(cuda, "chunk_frames", lambda *shape: 2)
         for states in (50, 64):
             _solve("time-varying", states, torch.float32, time=4)
+        patch.setattr(cuda, "chunk_frames", lambda *shape: 0)
+        patch.setattr(cuda, "memory_of", lambda device: 1.0)
+        patch.setattr(cuda, "early_varying_chunks", lambda *shape: (32, 1))
+        for states in STATES["time-varying"]:
+            for dtype in (torch.float32, torch.float64):
+                _solve("time-varying", states, dtype, time=33)
         patch.setattr(cuda, "early_chunks", lambda *shape: (32, 1))
         for states in STATES["shared"]:
             for dtype in (torch.float32, torch.float64) if states <= 256 else ():  # most that chunks are for
