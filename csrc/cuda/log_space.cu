@@ -176,7 +176,7 @@ template <class Real>
 int log_space_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Real *norm, Real *centre, int32_t *method,
                       void *workspace, void *stream) {
   if (p.batch == 0) return HMM_OK;
-  const auto [large, o, bytes] = forward_block<Real>(p.states);
+  const auto [large, o, bytes] = forward_block<Real>(p.states, kMostThreads);
   double *const taken = static_cast<double *>(workspace);
   const int32_t *done = nullptr;  // what is done in chunks
   if constexpr (sizeof(Real) == 4)

@@ -244,17 +244,17 @@ __device__ __forceinline__ double forward_walk(const Tiling &o, unsigned char *m
   return walk.frames == q.length && !Early ? finish(held, N, q.length, middle) : thread == 0 ? *held.taken : 0;
 }
 
-// What a block of whole walks from the front needs, by whether there are more columns than threads.
+// What a block of walks from the front needs, by whether there are more columns than `whole`, its threads at most then.
 struct ForwardBlock {
   bool large;
   Tiling tiling;
   size_t bytes;
 };
-template <class Real> ForwardBlock forward_block(int64_t states) {
-  const bool large = states > kMostThreads;
-  const int most = large ? kTile : kMostThreads;
+template <class Real> ForwardBlock forward_block(int64_t states, int whole) {
+  const bool large = states > whole;
+  const int most = large ? kTile : whole;
   const auto fixed = large ? ForwardMemory<Real, true>::bytes : ForwardMemory<Real, false>::bytes;
-  const Tiling o = tiling_of<Real>(states, most, kMostThreads, kTile, fixed(states, most));
+  const Tiling o = tiling_of<Real>(states, most, whole, kTile, fixed(states, most));
   return {large, o, Ring<Real, true>::bytes(o) + fixed(states, o.threads)};
 }
 

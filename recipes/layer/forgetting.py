@@ -2,7 +2,7 @@
 
 From some frames on, the forward message is walked from ones beside the one that came from the first frame, until both
 are the same to 2^-20 in every state; and the posteriors back from a frame taken for the last one, until they differ by
-2^-20 in total from those of the whole sequence. Chunks that begin so much early (csrc/cuda/scaled_chunks.h) are exact.
+2^-20 in total from those of the whole sequence. Chunks that begin so much early (csrc/cuda/scaled_chunks.h, early_chunks.h) are exact.
 """
 
 import argparse
@@ -14,15 +14,17 @@ from torch import Tensor
 SAME = 2.0**-20
 
 
-def messages(initial: Tensor, arcs_NN: Tensor, weights_TN: Tensor) -> tuple[Tensor, Tensor]:
-    """a_t = (a_t-1 A) w_t, of sum 1, and b_t-1 = A (w_t b_t), with sum_i a_t(i) b_t(i) = 1: both (T, N)."""
+def messages(initial: Tensor, arcs_TNN: Tensor, weights_TN: Tensor) -> tuple[Tensor, Tensor]:
+    """a_t = (a_t-1 A_t) w_t, of sum 1, and b_t-1 = A_t (w_t b_t), with sum_i a_t(i) b_t(i) = 1: both (T, N).
+
+    `arcs_TNN` are those into frames 1 to T-1."""
     forward, backward = [initial * weights_TN[0]], [torch.ones_like(initial)]
-    for weight in weights_TN[1:]:
-        message = (forward[-1] / forward[-1].sum()) @ arcs_NN * weight
+    for arcs, weight in zip(arcs_TNN.unbind(), weights_TN[1:], strict=True):
+        message = (forward[-1] / forward[-1].sum()) @ arcs * weight
         forward.append(message)
     forward = [message / message.sum() for message in forward]
-    for weight, message in zip(weights_TN.flip(0), forward[-2::-1], strict=False):
-        behind = arcs_NN @ (weight * backward[-1])
+    for arcs, weight, message in zip(arcs_TNN.unbind()[::-1], weights_TN.flip(0), forward[-2::-1], strict=False):
+        behind = arcs @ (weight * backward[-1])
         backward.append(behind / (message * behind).sum())
     return torch.stack(forward), torch.stack(backward[::-1])
 
@@ -32,15 +34,17 @@ def frames_until(same: Callable[[int], bool], most: int) -> int:
     return next((k for k in range(most) if same(k)), 10**9)
 
 
-def forgets(initial: Tensor, transition_NN: Tensor, emission_TN: Tensor, points: int = 40) -> Iterator[tuple[int, int]]:
-    """Frames until messages, and posteriors, are the same, from `points` of the first and last two thirds of frames."""
-    arcs = (transition_NN - transition_NN.amax()).double().exp()
+def forgets(initial: Tensor, transition: Tensor, emission_TN: Tensor, points: int = 40) -> Iterator[tuple[int, int]]:
+    """Frames until messages, and posteriors, are the same, from `points` of the first and last two thirds of frames.
+
+    `transition` is (N, N), or (T-1, N, N) where it varies over time."""
     weights = (emission_TN - emission_TN.amax(1, keepdim=True)).double().exp()
     time, ones = len(weights), torch.ones_like(weights[0])
+    arcs = (transition - transition.amax()).double().exp().expand(time - 1, -1, -1)
     alpha, beta = messages((initial - initial.amax()).double().exp(), arcs, weights)
     for first in torch.linspace(1, time * 2 // 3, points).long().tolist():
-        ahead, _ = messages(ones, arcs, weights[first:])
-        _, back = messages(alpha[0], arcs, weights[: time - first])
+        ahead, _ = messages(ones, arcs[first:], weights[first:])
+        _, back = messages(alpha[0], arcs[: time - first - 1], weights[: time - first])
 
         def met(k, first=first, ahead=ahead):
             return bool(((ahead[k] - alpha[first + k]).abs() <= SAME * alpha[first + k]).all())
@@ -70,6 +74,9 @@ def random_chains() -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
                 f"50 states, stays with {stay}, emissions of scale {scale}",
                 (normal(50), arcs, scale * normal(time, 50)),
             )
+    for scale in (1, 3):
+        varying = (normal(50), scale * normal(time - 1, 50, 50), scale * normal(time, 50))
+        yield f"50 states, other arcs each frame, of scale {scale}", varying
     arcs = torch.full((50, 50), -torch.inf, dtype=torch.float64).fill_diagonal_(-0.1)
     arcs.diagonal(1).fill_(-2.4)
     yield "50 states from left to right", (torch.zeros(50).double(), arcs, normal(time, 50))

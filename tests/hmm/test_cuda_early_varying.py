@@ -32,8 +32,11 @@ def both_passes(arguments, grad):
     return found, cuda.backward(grad, *scores, *found, True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("states, frames", [(1, 3), (2, 1), (7, 12), (33, 4), (50, 7), (65, 5)])
+@pytest.mark.parametrize(
+    "states, frames, dtype",
+    [(1, 3, torch.float32), (2, 1, torch.float32), (33, 4, torch.float32), (65, 5, torch.float32),
+     (1, 1, torch.float64), (7, 12, torch.float64), (33, 9, torch.float64)],
+)  # fmt: skip
 def test_chunks(chunks, monkeypatch, states, frames, dtype):
     """Against the reference and both ends, with grad of every sign and size; lengths about a chunk's, NaN behind them;
     the same bits in another order of threads."""
@@ -87,12 +90,12 @@ def test_rows_in_tiles(chunks, states, dtype):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_chunks_meet_with(on_cpu, states, time, frames, early, seed, scale, shift, forbidden, dtype):
     """Where they do not, sequences are walked from their ends: numbers are always right."""
-    shift *= scale < 300  # numbers of 1,300 have a spacing of 1.2e-4 in float32, and posteriors errors of as much
     arguments = problem(3, time, states, "time-varying", seed, dtype, scale=scale, shift=shift, forbidden=forbidden)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "chunk_frames", lambda *shape: 0)
         patch.setattr(cuda, "early_varying_chunks", lambda *shape: (min(frames, time - 1), early))
-        compare(arguments, marginals=5e-6 if scale < 300 or dtype == torch.float64 else 2e-5)
+        # Scores of 1,000 have a spacing of 6e-5 in float32, and log posteriors errors of some such, without chunks too.
+        compare(arguments, marginals=5e-6 if scale < 300 or dtype == torch.float64 else 1e-3)
 
 
 def test_chains_that_do_not_forget(chunks):

@@ -92,8 +92,11 @@ def test_a_chain_forgets_after_as_many_frames_as_its_arcs_say():
     torch.manual_seed(0)
     initial, transition, emission = torch.randn(4).double(), torch.randn(4, 4).double(), torch.randn(30, 4).double()
     arcs, weights = transition.exp(), emission.exp()
-    alpha, beta = forgetting.messages(initial.exp(), arcs, weights)
+    alpha, beta = forgetting.messages(initial.exp(), arcs.expand(29, 4, 4), weights)
     torch.testing.assert_close(alpha * beta, HMM(initial, transition, emission[None]).marginals()[0])
+    varying = torch.randn(29, 4, 4).double()
+    alpha, beta = forgetting.messages(initial.exp(), varying.exp(), weights)
+    torch.testing.assert_close(alpha * beta, HMM(initial, varying[None], emission[None]).marginals()[0])
     # All rows alike: nothing is known of where a message began.
     for messages, posteriors in forgetting.forgets(initial, transition[:1].expand(4, 4), emission, points=5):
         assert messages <= 1 and posteriors <= 1
@@ -104,6 +107,6 @@ def test_a_chain_forgets_after_as_many_frames_as_its_arcs_say():
 
 def test_what_forgets_is_printed(capsys):
     results = forgetting.main(["--points", "2"])
-    assert len(results) == 13 and "never" in capsys.readouterr().out
+    assert len(results) == 15 and "never" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         forgetting.main(["--units", "x.parquet"])
