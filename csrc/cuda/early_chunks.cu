@@ -40,8 +40,9 @@ __global__ void __launch_bounds__(Large ? kTile : kWalkThreads<Real>, 1)
   set(arrived, N, Real(0));  // each by the thread that reads it
   Sequence<Real> part = q.part(walk.first, walk.frames, walk.first > 0 ? arrived : nullptr, nullptr);
   if (walk.first + walk.frames < q.length) part.final = nullptr;
-  const double taken = forward_walk<false, Real, Large, Large, true>(
-      o, memory, part, false, alpha + walk.first * N, norm + walk.first * N, centre + walk.first, walk.warm_up, arrived);
+  const double taken =
+      forward_walk<false, Real, Large, Large, true>(o, memory, part, false, alpha + walk.first * N,
+                                                    norm + walk.first * N, centre + walk.first, walk.warm_up, arrived);
   if (threadIdx.x == 0) chunks.taken[chunk] = taken;
 }
 
@@ -128,7 +129,8 @@ __global__ void __launch_bounds__(Tiled ? kTiledThreads : kMostThreads, 1)
                                   walk.frames - walk.warm_up,
                                   chunks.arrived + 2 * chunk * N,
                                   chunks.left + chunk * N};
-  backward_walk<false, Real, Tiled, true>(o, memory, q.part(own.first, walk.frames, nullptr, nullptr), false, grad[b], x);
+  const Sequence<Real> part = q.part(own.first, walk.frames, nullptr, nullptr);
+  backward_walk<false, Real, Tiled, true>(o, memory, part, false, grad[b], x);
 }
 
 // Are the posteriors that each chunk arrives with those of the chunk behind? A warp a chunk in turn.

@@ -38,8 +38,8 @@ int redo_counts(const hmm_problem &p, const Real *alpha, const Real *norm, const
 template <class Real>
 int prepare(const hmm_problem &p, bool find_centres, Real *centre, Real *w, void *workspace, void *stream);
 
-// What the walks of a forward pass end in (join.cu): log Z, method, and 1 / Z of the scaled messages in norm[b, 0, 0]. Of
-// all sequences, or of those that are not done, where `done` is not null.
+// What the walks of a forward pass end in (join.cu): log Z, method, and 1 / Z of the scaled messages in norm[b, 0, 0].
+// Of all sequences, or of those that are not done, where `done` is not null.
 struct Carried;
 template <class Real>
 int join(const hmm_problem &p, const Carried *carried, Real *log_partition, const Real *alpha, Real *norm,
@@ -55,8 +55,8 @@ int counts(const hmm_problem &p, const Real *grad, const Real *alpha, const Real
 
 // Scaled probabilities (scaled.cu), for transitions that do not vary over time and N of at most scaled_states<Real>().
 // Forward sets method to HMM_SCALED, where p.sharing is HMM_BY_ENDS to HMM_BOTH_ENDS, or to HMM_REDONE where the result
-// is not certified; where p.chunk_frames asks for chunks (scaled_chunks.h), to HMM_SCALED of those done so. Backward does
-// those that are not HMM_REDONE and leaves scaled_messages, what `counts` takes as u, in the workspace of
+// is not certified; where p.chunk_frames asks for chunks (scaled_chunks.h), to HMM_SCALED of those done so. Backward
+// does those that are not HMM_REDONE and leaves scaled_messages, what `counts` takes as u, in the workspace of
 // scaled_workspace(p, backward) bytes.
 template <class Real> int64_t scaled_states();
 template <class Real> size_t scaled_workspace(const hmm_problem &p, bool backward);

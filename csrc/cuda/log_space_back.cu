@@ -11,9 +11,10 @@
 //   p(z_t = i, z_{t+1} = j | x) = exp(phi_{t+1}(i, j) - C_t - u_t(i) + alpha_{t+1}(j)),
 //   gamma_{t+1}(j) = sum_i p(z_t = i, z_{t+1} = j | x) / what these sum to over j
 //
-// In chunks by transfer matrices (log_space.cu), a block a chunk begins with gamma = exp(alpha) of its last frame, and goes on as above to
-// its first one; where edges are asked for, through the arcs into it, too. The alpha before those is found again from
-// norm, since the one that is kept has the messages from behind it added. In chunks that begin early: early_chunks.h.
+// In chunks by transfer matrices (log_space.cu), a block a chunk begins with gamma = exp(alpha) of its last frame, and
+// goes on as above to its first one; where edges are asked for, through the arcs into it, too. The alpha before those
+// is found again from norm, since the one that is kept has the messages from behind it added. In chunks that begin
+// early: early_chunks.h.
 //
 // Scores pass through shared memory (staging.h). To the front up to 32 lanes go along a row, four rows at once; to the
 // end a column is a thread's, or several threads' for N up to 128, four arcs at once. Cost a step, N^2 arcs: an

@@ -1,5 +1,5 @@
-// One walk of a backward pass in log space over transitions that vary over time, to either end: log_space_back.cu has the
-// recursion and the kernels.
+// One walk of a backward pass in log space over transitions that vary over time, to either end: log_space_back.cu has
+// the recursion and the kernels.
 #pragma once
 #include "kernels.h"
 #include "staging.h"

@@ -50,8 +50,8 @@ template <class Real> __device__ __forceinline__ void into_classes(const LostSeq
   }
 }
 
-// Frame t of a sequence from the one before: u_t, alpha_t. Returns max x_t; of the last frame, mass is what exp(alpha_t)
-// of this thread's states sums to.
+// Frame t of a sequence from the one before: u_t, alpha_t. Returns max x_t; of the last frame, mass is what
+// exp(alpha_t) of this thread's states sums to.
 template <class Real>
 __device__ __forceinline__ double lost_step(const LostSequence<Real> &x, int64_t t, double *tops, double &mass) {
   const int N = x.q.states;

@@ -23,8 +23,8 @@
 //
 // Few long sequences are cut into chunks, all walked at once: scaled_chunks.h.
 //
-//   launches   6 forward, 8 backward with counts, whatever T is; 1 and 2 of them for sequences that are done again; 2 more
-//              in chunks
+//   launches   6 forward, 8 backward with counts, whatever T is; 1 and 2 of them for sequences that are done again; 2
+//              more in chunks
 //   a frame    2 N^2 flops forward, 4 N^2 backward with counts; N exponentials each; 16 N bytes forward, 28 N backward
 //              (float)
 //   a step     the dependent chain: K reads of shared memory, 4 K / 2 fused products, 2 + 3 shuffles, one barrier
@@ -163,8 +163,8 @@ __device__ __forceinline__ void end_walk(bool lost, int64_t exponents, int32_t *
   carried.exponents = exponents, carried.lost = redo;
 }
 
-// One block a walk: the grid's second axis has the halves, or the chunks. alpha, which may be w, gets a (from the end, b);
-// norm[b, t, 0] gets 2^k_t. Halves leave alone what is done in chunks.
+// One block a walk: the grid's second axis has the halves, or the chunks. alpha, which may be w, gets a (from the end,
+// b); norm[b, t, 0] gets 2^k_t. Halves leave alone what is done in chunks.
 template <int K, bool InChunks, class Real>
 __global__ void __launch_bounds__(64 * K, 1)
     forward_kernel(hmm_problem p, void *workspace, const Real *w, Real *alpha, Real *norm, Carried *carried,
@@ -237,7 +237,8 @@ __global__ void __launch_bounds__(64 * K, 1)
   end_walk(lost, exponents, flags, *carried);
 }
 
-// One block a walk. `counted`, which may be w, gets 2^k_t w_t b_t (the second half: 2^k_t w_t a_t), what the counts need.
+// One block a walk. `counted`, which may be w, gets 2^k_t w_t b_t (the second half: 2^k_t w_t a_t), what the counts
+// need.
 template <int K, bool InChunks, class Real>
 __global__ void __launch_bounds__(64 * K, 1)
     backward_kernel(hmm_problem p, void *workspace, const Real *grad, const Real *alpha, const Real *norm,

@@ -140,8 +140,8 @@ template <class Real> __device__ __forceinline__ Real row_max(const Real *row, c
   return highest == negative_infinity<Real>() ? Real(0) : highest;
 }
 
-// w of frame t of sequence b, row = b T + t, by a warp; 0 past the end. c: what is added to emissions from frame 1 on, to
-// c - c_top. The forward pass (Find) finds the centre, which the backward pass may read.
+// w of frame t of sequence b, row = b T + t, by a warp; 0 past the end. c: what is added to emissions from frame 1 on,
+// to c - c_top. The forward pass (Find) finds the centre, which the backward pass may read.
 template <bool Find, class Real>
 __device__ __forceinline__ void weigh_frame(const hmm_problem &p, int64_t row, const Real *c, Real c_top, Real *centre,
                                             Real *w) {

@@ -49,8 +49,8 @@ typedef struct hmm_problem {
   int32_t threads;      /* at least 1 */
   int32_t sharing;      /* enum hmm_sharing */
   int32_t chunk_frames; /* of a chunk, 0 for none: on a GPU, the same in hmm_cuda_forward and hmm_cuda_backward */
-  int32_t warm_up;      /* frames that a chunk begins early (csrc/cuda/scaled_chunks.h, early_chunks.h); where it is 0, only
-                           time_varying of 1 knows chunks */
+  int32_t warm_up;      /* frames that a chunk begins early (csrc/cuda/scaled_chunks.h, early_chunks.h); where time_varying is
+                           0, no chunks without it */
 } hmm_problem;
 
 /* Forward algorithm.
