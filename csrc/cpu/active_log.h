@@ -87,7 +87,7 @@ template <class Real> struct ActiveLog {
         centre[t] = row_max<double, double>(maximum, K);
         for (int64_t j = 0; j < K; j += W) {
           const Vec<double> c = load(maximum + j), s = load(sum + j);
-          store_part(row + j, K - j, c == ninf ? c : (c - centre[t]) + log(s == 0. ? splat(1.) : s));
+          store_part(row + j, K - j, s == 0. ? c : (c - centre[t]) + log(s == 0. ? splat(1.) : s));
         }
       }
       const bool end = q.final && t == q.length - 1;
@@ -103,9 +103,10 @@ template <class Real> struct ActiveLog {
   }
 };
 
-// out(j) = max_i [delta(i) + phi(i, j)], K numbers; between two runs phi is read in place.
+// out(j) = max_i [delta(i) + phi(i, j)], K numbers; between two runs phi is read in place. Returns whether one of phi is
+// NaN or +inf: maxima forget a NaN, and what came before it.
 template <class Real>
-void max_slots(const ActiveSequence<Real> &q, const Frame<Real> &from, const Frame<Real> &to, const Real *delta, Real *block,
+bool max_slots(const ActiveSequence<Real> &q, const Frame<Real> &from, const Frame<Real> &to, const Real *delta, Real *block,
                Real *out) {
   constexpr int W = kLanes<Real>;
   const Real ninf = kNegativeInfinity<Real>;
@@ -113,11 +114,17 @@ void max_slots(const ActiveSequence<Real> &q, const Frame<Real> &from, const Fra
   const int64_t pitch = in_place ? q.states : q.slots;
   if (!in_place) gather_block(q.transition, q.states, from, to, ninf, block, q.slots, q.slots);
   const Real *rows = in_place ? q.transition + from.id[0] * q.states + to.id[0] : block;
+  Int<Real> wrong = {};
   for (int64_t j = 0; j < q.slots; j += W) {
     Vec<Real> m = splat(ninf);
-    for (int64_t i = 0; i < from.count; i++) m = larger(m, load_part(rows + i * pitch + j, to.count - j, ninf) + delta[i]);
+    for (int64_t i = 0; i < from.count; i++) {
+      const Vec<Real> x = load_part(rows + i * pitch + j, to.count - j, ninf);
+      m = larger(m, x + delta[i]);
+      wrong |= ~(x < std::numeric_limits<Real>::infinity());
+    }
     store(out + j, m);
   }
+  return any<Real>(wrong);
 }
 
 // The best of K scores; ties go to the smallest state.
@@ -149,11 +156,12 @@ double viterbi_active(const ActiveSequence<Real> &q, Real *delta, int64_t *state
       gather_row(q.initial, to, K, ninf, row);
       top = row_max<Real, Real>(row, K);
       for (int64_t j = 0; j < K; j++) row[j] -= top;
-    } else max_slots(q, from, to, (const Real *)delta + (t - 1) * K, block, row);
+    } else if (max_slots(q, from, to, (const Real *)delta + (t - 1) * K, block, row))
+      offset = std::numeric_limits<double>::quiet_NaN();
     const bool end = q.final && t == L - 1;
     if (end) gather_row(q.final, to, K, ninf, ends);
     offset += double(top);
-    feasible = centre_row<Real, Real>(row, score, end ? ends : nullptr, K, delta + t * K, offset);
+    feasible = centre_row<Real, Real>(row, score, end ? ends : nullptr, K, delta + t * K, offset) && offset == offset;
   }
   if (!feasible) {
     for (int64_t t = 0; t < L; t++) states[t] = -1;

@@ -73,6 +73,14 @@ template <class Real> struct BandedSequence : Sequence<Real> {
     const int64_t N = this->states, k = std::clamp(offsets[d], -N, N);
     return {this->arcs(t) + d * N, k, k < 0 ? -k : 0, k < 0 ? N : N - k};
   }
+  bool any_bad_arc(int64_t t) const {
+    bool found = false;
+    for (int64_t d = 0; d < D; d++) {
+      const Diagonal<Real> arcs = diagonal(t, d);
+      found |= any_bad(arcs.scores + arcs.first, arcs.last - arcs.first);
+    }
+    return found;
+  }
   // e_t(j) + f(j) of the lanes from j on.
   HMM_INLINE Vec<double> entering(int64_t t, int64_t j) const {
     const double ninf = kNegativeInfinity<double>;
@@ -136,6 +144,8 @@ double forward_banded(const BandedSequence<Real> &q, double *alpha, double *cent
       m = larger(m, x);
       bad += x - x != x - x && x != ninf ? splat(1.) : Vec<double>{};  // +inf or NaN
     }
+    // A maximum forgets a NaN, and what came before it; a sum does not.
+    if (Max && t > 0 && q.any_bad_arc(t)) bad += 1.;
     const double middle = sum_of<double>(bad) > 0 ? std::numeric_limits<double>::quiet_NaN() : max_of<double>(m);
     offset += middle;
     if (centre) centre[t] = middle;

@@ -121,8 +121,9 @@ double forward_log_space(const Sequence<In> &q, Acc *alpha, Acc *norm, Acc *cent
       log_sum_step(q.arcs(t), alpha + (t - 1) * N, N, maximum, sum);
       C = row_max<Acc, Acc>(maximum, N);
       for (int64_t j = 0; j < N; j += W) {
+        // The sum is 0 where c is -inf; NaN where a score is, though c, a maximum, may have forgotten it.
         Vec<Acc> c = load(maximum + j), s = load(sum + j);
-        store_part(row + j, N - j, c == ninf ? c : (c - C) + log(s == Acc(0) ? splat(Acc(1)) : s));
+        store_part(row + j, N - j, s == Acc(0) ? c : (c - C) + log(s == Acc(0) ? splat(Acc(1)) : s));
       }
     }
     centre[t] = C;

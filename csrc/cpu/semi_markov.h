@@ -20,9 +20,11 @@
 //
 // Both sums are products of weights, N^2 + N D multiplications a frame and 4 N exponentials and logarithms: arcs
 // exp(phi - column maximum), durations exp(durations - row maximum), ring exp(score - centre(j)), a centre kept until a
-// weight would leave e^kHigh or a sum fall below kSafe. Every factor of a sum but the ring's is at most 1, and what is
-// flushed to zero is below 2^-1022: a sum of at least kSafe has lost less than 1e-22 D (or N) of itself. Any other is
-// formed again in log space, by maximum and exponentials, which is exact for every pattern of -inf and any range.
+// weight would leave e^kHigh or a window's sum fall below kSafeWindow. What is flushed to zero is below 2^-1022. Beside
+// it stand factors of at most 1 in a sum over arcs: one of at least kSafe has lost less than 1e-22 N of itself. In a window
+// a duration that is flushed stands beside a ring's weight of up to e^kHigh, and the product may have been 1e-177: a sum of
+// at least kSafeWindow has lost less than 1e-27 D. Any other is formed again in log space, by maximum and exponentials,
+// which is exact for every pattern of -inf and any range.
 //
 // Cost a frame: forward, N^2 + N D products and 8 N^2 + 16 N D bytes read (from cache, shared by all frames); backward,
 // 2 N^2 + 3 N D products and 24 N^2 + 56 N D bytes. At N = 50, D = 30 forward is 500 vector products and 28 exponentials
@@ -40,7 +42,7 @@ namespace semi_markov {
 
 using V = Vec<double>;
 constexpr int W = kLanes<double>;
-constexpr double kNinf = kNegativeInfinity<double>, kSafe = 1e-285, kHigh = 300, kFar = 4096;
+constexpr double kNinf = kNegativeInfinity<double>, kSafe = 1e-285, kSafeWindow = 1e-150, kHigh = 300, kFar = 4096;
 
 // Typed view of one sequence of an hmm_semi_markov.
 template <class In> struct View {
@@ -56,13 +58,6 @@ template <class In> struct View {
         length(p.lengths[b]), states(p.states), most(p.max_duration) {}
   const In *frame(int64_t t) const { return emission + t * states; }
 };
-
-template <class In> inline bool bad(In x) { return !(x < std::numeric_limits<In>::infinity()); }  // NaN or +inf
-template <class In> inline bool any_bad(const In *x, int64_t n) {
-  bool found = false;
-  for (int64_t k = 0; k < n; k++) found |= bad(x[k]);
-  return found;
-}
 
 // log(x) for positive normal x, within 2 units in the last place: x = 2^k m, m in [1/sqrt 2, sqrt 2), and the series of
 // log m = 2 artanh((m - 1) / (m + 1)) to the power 21, whose remainder is below 1e-18.
@@ -256,7 +251,7 @@ void log_sum_window(Window &w, const Durations<In> &durations, int64_t slot, dou
   if (j < padded) window_block<1>(w.weight + j, weight + j, D, padded, sum + j);
   for (j = 0; j < padded; j += W) {
     const V total = load(sum + j), base = load(w.base + j);
-    const Int<double> safe = total >= kSafe;
+    const Int<double> safe = total >= kSafeWindow;
     if (!any<double>(~safe & (load(w.top + j) > kNinf))) {
       store(to + j, safe ? base + load(w.centre + j) + load(durations.top + j) + log_of(safe ? total : splat(1.)) : splat(kNinf));
       continue;

@@ -66,7 +66,7 @@ struct Counts {
     const int64_t row = scores.row(slot);
     for (int64_t j = 0; j < padded; j += W) {
       const V total = load(sum + j), p = load(begin + j);
-      const Int<double> safe = total >= kSafe, some = p != 0.;
+      const Int<double> safe = total >= kSafeWindow, some = p != 0.;
       double *count = lengths + row + j;
       if (any<double>(safe & some)) {
         const V f = safe ? p / (safe ? total : splat(1.)) : V{};

@@ -204,7 +204,7 @@ bool topk_sequence(const Sequence<Real> &q, const MaxArcs<Real> *arcs, int64_t w
           pointers.put<Real>(t, r, j, best[r].from);
         }
       }
-      if (arcs && arcs->invalid) offset = std::numeric_limits<double>::quiet_NaN();
+      if (arcs ? arcs->invalid : any_bad(q.arcs(t), N * N)) offset = std::numeric_limits<double>::quiet_NaN();
     }
     feasible = centre_ranks(next, k, padded, q.emission ? q.frame(t) : nullptr, t == L - 1 ? q.final : nullptr, N, offset) &&
                offset == offset;

@@ -133,7 +133,11 @@ void viterbi_group(const hmm_problem &p, const MaxArcs<Real> *arcs, PrunedStep<R
         for (int64_t j = 0; j < N; j += W) store(out[k] + j, load_part(q.initial + j, N - j, ninf) - top);
         offset[live[k]] = double(top);
       }
-    else if (!arcs) max_step(sequence[0].arcs(t), previous[0], N, out[0]);
+    else if (!arcs) {
+      max_step(sequence[0].arcs(t), previous[0], N, out[0]);
+      // Maxima forget a NaN, and what came before it.
+      if (any_bad(sequence[0].arcs(t), N * N)) offset[0] = std::numeric_limits<double>::quiet_NaN();
+    }
     else if (pruned && pruned->worthwhile()) {
       for (int k = 0; k < n; k++) pruned->step(live[k], previous[k], out[k]);
       pruned->finish();

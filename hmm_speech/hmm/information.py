@@ -65,7 +65,7 @@ def _same_frames(p: Chain, q: Chain) -> None:
 def _cross_entropy(p: Wide, q: Wide) -> Tensor:
     """log Z_q - E_p[s_q], (B,), in float64."""
     expected = expected_score(p, q)
-    feasible = p.log_partition().detach() > -torch.inf
+    feasible = p.log_partition().detach() != -torch.inf  # or NaN, which is passed on
     z = q.log_partition()
     infinite = feasible & ((expected == -torch.inf) | (z == -torch.inf))
     value = torch.where(feasible & ~infinite, z - torch.where(infinite, 0, expected), 0)

@@ -172,14 +172,15 @@ def topk(initial, transition, emission, lengths, final, k: int) -> tuple[Tensor,
         delta = torch.where(running[:, None, None], new - centre[:, None, None], delta)
         offset = offset + torch.where(running, centre, 0).double()
     score, place = delta.flatten(1).topk(k, dim=-1)  # place = state * k + rank, as in the pointers
-    found = score > -INF
+    invalid = ~(offset < INF).unsqueeze(-1)  # a score is NaN or +inf
+    found = (score > -INF) & ~invalid
     for t in reversed(range(time)):
         if t + 1 < time:
             back = pointers[t].flatten(1).gather(1, place)
             place = torch.where((t + 1 < lengths).unsqueeze(-1), back, place)
         states[:, :, t] = torch.where((t < lengths).unsqueeze(-1) & found, place // k, -1).T
     empty = lengths == 0  # one path, the empty one
-    total = torch.where(found, offset.unsqueeze(-1) + score, -INF)
+    total = torch.where(found, offset.unsqueeze(-1) + score, -INF).masked_fill(invalid, torch.nan)
     total = torch.where(empty.unsqueeze(-1), torch.full_like(total, -INF), total)
     total[:, 0] = torch.where(empty, 0, total[:, 0])
     return total.T.to(initial.dtype), states

@@ -121,6 +121,23 @@ def test_chains_that_do_not_forget(chunks):
     compare(arguments)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("end", ["free", "forbidden"])
+def test_a_part_that_no_path_comes_to(chunks, dtype, end):
+    """Two parts without a way between them, alike. A walk from ones comes to both, and to one as the message before it."""
+    time, states = 120, 4
+    parts = torch.tensor([0, 0, 1, 1])
+    arguments = varying(time, states, [time, time - 7], dtype)
+    arguments["transition"][..., 2:, 2:] = arguments["transition"][..., :2, :2]
+    arguments["transition"].masked_fill_(parts[:, None] != parts, -INF)
+    arguments["emission"][..., 2:] = arguments["emission"][..., :2]
+    arguments["initial"] = torch.tensor([0, 0, -INF, -INF], dtype=dtype)
+    arguments["final"] = torch.tensor([-INF, -INF, 0, 0] if end == "forbidden" else [0.0] * 4, dtype=dtype)
+    chunks(20, 16)
+    compare(arguments)
+    assert (cuda.forward(*scores_of(arguments))[4] == BOTH_ENDS).all()
+
+
 def test_posteriors_that_do_not_meet(on_cpu, monkeypatch):
     """Where messages did: posteriors from the end, of all frames."""
     arguments = varying(60, 6, [60, 50, 11])

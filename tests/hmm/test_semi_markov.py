@@ -221,6 +221,26 @@ def test_one_huge_score_spoils_no_other(outlier):
         close(found["emission"][:, -5:], plain[1]["emission"][:, -5:], 1e-3)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_durations_farther_apart_than_a_number_is_wide(backend, dtype):
+    """What one loses as exp(duration - longest's), the other makes up by its weight: both of two paths count."""
+    cases = [  # arc, durations, emission's frames, log Z
+        (960.0, [-710.0, -600.0, 0.0], 2, -460.0),
+        (0.0, [-502.0, -2.0, -501.0, 250.0], 5, math.log(2) - 252.0),
+    ]
+    for arc, durations, length, expected in cases:
+        hmm = SemiMarkovHMM(
+            torch.zeros(1, dtype=dtype), torch.full((1, 1), arc, dtype=dtype), torch.zeros(1, length, 1, dtype=dtype),
+            torch.tensor([durations], dtype=dtype),
+        )  # fmt: skip
+        with use_backend(backend):
+            close(hmm.log_partition(), torch.tensor([expected], dtype=dtype), 1e-6)
+            assert hmm.viterbi().score <= hmm.log_partition() + 1e-3
+            close(hmm.marginals(), torch.ones(1, length, 1, dtype=dtype), 1e-5)
+            close((hmm.duration_counts() * torch.arange(1, len(durations) + 1)).sum(), torch.tensor(length, dtype=dtype), 1e-4)
+
+
 @pytest.mark.parametrize(("scale", "forbidden"), [(1.0, 0.0), (500.0, 0.0), (500.0, 0.5)])
 def test_a_hundred_thousand_frames(scale, forbidden):
     """float32 scores of 100,000 frames: against float64 natively, and that against a chain of the last frames."""
