@@ -33,7 +33,7 @@ def train(config: dict, run: Path) -> None:
     from hmm_speech.callbacks import AtomicCheckpointIO
     from hmm_speech.checkpoint import check_resume
     from hmm_speech.module import SpeechHMM
-    from hmm_speech.report import announce, quiet, report_run, resumable, save_config
+    from hmm_speech.report import announce, best_checkpoint, quiet, report_run, resumable, save_config
 
     quiet()
     seed_everything(config["seed"], workers=True)
@@ -41,7 +41,7 @@ def train(config: dict, run: Path) -> None:
     data = instantiate(config["data"], kind=LightningDataModule, allowed=allowed, where="data")
     module = SpeechHMM.from_config(config, data, allowed)
     if config["ckpt_path"] is not None:
-        check_resume(config["ckpt_path"], module)  # so that a wrong file is told now
+        check_resume(config["ckpt_path"], module, config["trainer"].get("max_epochs"))  # so that a wrong file is told now
     callbacks = instantiate_all(config["callbacks"], kind=Callback, allowed=allowed, where="callbacks")
     loggers = instantiate_all(config["logger"], kind=Logger, allowed=allowed, where="logger")
     trainer = instantiate(
@@ -58,10 +58,10 @@ def train(config: dict, run: Path) -> None:
         save_config(config, run)
         announce(module, data, run)
 
-    with resumable(trainer, run):
+    with resumable(trainer, run, HydraConfig.get().overrides.task):
         trainer.fit(module, data, ckpt_path=config["ckpt_path"], weights_only=True)
 
-    best = None if trainer.fast_dev_run else str(run / "checkpoints" / "best.ckpt")
+    best = None if trainer.fast_dev_run else best_checkpoint(trainer, run)
     trainer.test(module, data, ckpt_path=best, weights_only=True, verbose=False)
     report_run(module, data.corpus, run, figures=config["figures"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import pickle
 from collections.abc import Sequence
 from os import PathLike
@@ -55,8 +56,8 @@ def read_checkpoint(checkpoint: str | PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def check_resume(checkpoint: str | PathLike[str], module: SpeechHMM) -> None:
-    """Raise a UserError where a model cannot go on from a checkpoint: other sizes, or other units."""
+def check_resume(checkpoint: str | PathLike[str], module: SpeechHMM, max_epochs: int | None = None) -> None:
+    """Raise a UserError where a model cannot go on from a checkpoint: other sizes, other units, or too few epochs."""
     content = read_checkpoint(checkpoint)
     before, now = content["hyper_parameters"], module.hparams
     shapes = {name: tuple(x.shape) for name, x in content["state_dict"].items()}
@@ -77,5 +78,11 @@ def check_resume(checkpoint: str | PathLike[str], module: SpeechHMM) -> None:
     if differ or not fits:
         raise UserError(
             f"{checkpoint}: cannot be resumed, it was trained with {'; '.join(differ) or 'other modules'}. Give the "
-            "same configuration and data (config.yaml in its run folder), or start anew without ckpt_path"
+            "overrides of that run (.hydra/overrides.yaml in its run folder) again, or start anew without ckpt_path"
         )
+    done = content.get("epoch", -1) + 1
+    if max_epochs is not None and done > max_epochs:
+        raise UserError(f"{checkpoint}: was trained for {done} epochs, trainer.max_epochs is {max_epochs}; give more")
+    if done == max_epochs:
+        message = "%s: was trained for %d of %d epochs: it is only tested; trainer.max_epochs= goes on"
+        logging.getLogger("train").warning(message, checkpoint, done, max_epochs)

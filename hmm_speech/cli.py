@@ -43,6 +43,8 @@ def decode(
 
     if format not in inference.FORMATS:
         raise UserError(f"--format: got {format!r}, expected one of {', '.join(inference.FORMATS)}")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out: {out} is a file, expected a folder")
     module = load(checkpoint)
     corpus = inference.read_corpus(module, file)
     utterances = corpus.utterances if split is None else corpus.split(split)

@@ -153,6 +153,9 @@ def check_run(config: Mapping[str, Any], mode: Any) -> tuple[str, ...]:
     if not isinstance(allowed, list) or not all(isinstance(name, str) and name for name in allowed):
         raise UserError(f"allow_targets is {allowed!r}; expected a list of package names")
     check_targets({key: value for key, value in config.items() if key != "allow_targets"}, allowed)
+    seed = config["seed"]
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed!r}; expected an integer from 0 to 4294967295")
     trainer = config["trainer"]
     epochs = trainer.get("max_epochs")
     if epochs is not None:

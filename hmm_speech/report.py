@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import csv
 import logging
+import shlex
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import torch
 from omegaconf import OmegaConf
 
 from hmm_speech.data.unitfile import UnitCorpus, atomic_path
+from hmm_speech.errors import UserError
 from hmm_speech.nn.composition import reads_frames, uses_context
 
 if TYPE_CHECKING:
@@ -53,18 +55,36 @@ def announce(module: SpeechHMM, data: UnitDataModule, run: Path) -> None:
     logger.info("run folder: %s", run)
 
 
+def best_checkpoint(trainer: Trainer, run: Path) -> str:
+    """The run's best checkpoint. One that went on in a new folder and never got better has none: the best before."""
+    best = run / "checkpoints" / "best.ckpt"
+    known = [callback.best_model_path for callback in trainer.checkpoint_callbacks if callback.monitor]
+    return next((path for path in (str(best), *known) if Path(path).is_file()), str(trainer.ckpt_path))
+
+
 @contextlib.contextmanager
-def resumable(trainer: Trainer, run: Path) -> Iterator[None]:
+def resumable(trainer: Trainer, run: Path, overrides: Sequence[str]) -> Iterator[None]:
     """Around fit: an interrupted run says how it goes on, and ends with 130."""
     try:
         yield
+    except ValueError as error:
+        # torch's, of a schedule that is as long as the run was when it began.
+        if "total steps is" not in str(error):
+            raise
+        raise UserError(
+            f"{trainer.ckpt_path}: the learning rate's schedule that goes on from it has no more steps. Give the "
+            "overrides of that run (.hydra/overrides.yaml in its run folder), data.batch_size above all, or start anew"
+        ) from error
     except (SystemExit, KeyboardInterrupt):
         if not trainer.interrupted:
             raise
         last = run / "checkpoints" / "last.ckpt"
         if trainer.is_global_zero and last.exists():
-            print(f"\nstopped; go on with: python train.py ckpt_path={last} hydra.run.dir={run}", file=sys.stderr)
-            print("(and the same overrides as before)", file=sys.stderr)
+            same = [override for override in overrides if not override.startswith("ckpt_path=")]
+            command = shlex.join(["python", "train.py", *same, f"ckpt_path={last}", f"hydra.run.dir={run}"])
+            print(f"\nstopped; go on with: {command}", file=sys.stderr)
+        elif trainer.is_global_zero:
+            print("\nstopped in the first epoch: there is nothing to go on from", file=sys.stderr)
         sys.exit(130)
 
 

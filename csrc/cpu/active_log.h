@@ -120,7 +120,7 @@ bool max_slots(const ActiveSequence<Real> &q, const Frame<Real> &from, const Fra
     for (int64_t i = 0; i < from.count; i++) {
       const Vec<Real> x = load_part(rows + i * pitch + j, to.count - j, ninf);
       m = larger(m, x + delta[i]);
-      wrong |= ~(x < std::numeric_limits<Real>::infinity());
+      wrong |= is_bad<Real>(x);
     }
     store(out + j, m);
   }

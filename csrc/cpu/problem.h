@@ -32,13 +32,6 @@ template <class Real> struct Sequence {
   const Real *frame(int64_t t) const { return emission + t * states; }
 };
 
-template <class Real> inline bool bad(Real x) { return !(x < std::numeric_limits<Real>::infinity()); }  // NaN or +inf
-template <class Real> inline bool any_bad(const Real *x, int64_t n) {
-  bool found = false;
-  for (int64_t k = 0; k < n; k++) found |= bad(x[k]);
-  return found;
-}
-
 // Scratch memory, 64-byte aligned and (unless it is all written first) zeroed; null after a failed allocation. Large blocks ask for huge pages: a step of
 // the recursion reads all packed arcs, and faulting 4 MB in by small pages (N = 1024) takes longer than packing them.
 template <class Real> struct Scratch {

@@ -156,12 +156,13 @@ HMM_INLINE Vec<double> load_as(const float *p, int64_t n, double fill) {
 
 template <class V> HMM_INLINE V larger(V a, V b) { return a > b ? a : b; }  // NaN in b is kept, NaN in a is not
 
-// a + b where ports leave most room for a maximum. With AVX-512 by the multiplier, as a * 1 + b, which rounds alike: on
-// AMD's Zen 4 and 5 additions and maxima share ports. Where AVX2 is all there is, additions have ports of their own (Zen 2
-// and 3): .31 ns for a sum and a maximum of 8 floats there, .48 by the multiplier, which maxima share.
+// a + b by the multiplier, as a * 1 + b, which rounds alike. AMD's Zen 4 and 5 run it beside a maximum, which an addition
+// would keep waiting: the two share ports.
 HMM_INLINE Vec<float> sum_beside_max(Vec<float> a, Vec<float> b) {
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_fmadd_ps((__m512)a, _mm512_set1_ps(1), (__m512)b);
+#elif defined(__FMA__)
+  return (Vec<float>)_mm256_fmadd_ps((__m256)a, _mm256_set1_ps(1), (__m256)b);
 #else
   return a + b;
 #endif
@@ -169,6 +170,8 @@ HMM_INLINE Vec<float> sum_beside_max(Vec<float> a, Vec<float> b) {
 HMM_INLINE Vec<double> sum_beside_max(Vec<double> a, Vec<double> b) {
 #if defined(__AVX512F__)
   return (Vec<double>)_mm512_fmadd_pd((__m512d)a, _mm512_set1_pd(1), (__m512d)b);
+#elif defined(__FMA__)
+  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, _mm256_set1_pd(1), (__m256d)b);
 #else
   return a + b;
 #endif
@@ -348,6 +351,14 @@ HMM_INLINE Vec<float> log(Vec<float> x) {
   for (int k = 0; k < 8; k++) p = p * f + c[k];
   p = p * f * z + e * Simd<float>::kLn2Low - z * 0.5f;
   return x != x ? x : f + p + e * Simd<float>::kLn2High;
+}
+
+template <class Real> HMM_INLINE Int<Real> is_bad(Vec<Real> x) { return ~(x < std::numeric_limits<Real>::infinity()); }  // NaN or +inf
+template <class Real> inline bool bad(Real x) { return !(x < std::numeric_limits<Real>::infinity()); }
+template <class Real> inline bool any_bad(const Real *x, int64_t n) {
+  Int<Real> found = {};
+  for (int64_t k = 0; k < n; k += kLanes<Real>) found |= is_bad<Real>(load_part(x + k, n - k, Real(0)));
+  return any<Real>(found);
 }
 
 // Results below the smallest normal number are flushed to zero while one of these lives: subnormal arithmetic is up to

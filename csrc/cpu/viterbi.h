@@ -65,23 +65,31 @@ void max_step(const MaxArcs<Real> &arcs, const Real *const *previous, Real *cons
   for (; j < arcs.N; j += W) columns(Width<1>{}, j);
 }
 
-// The same for one sequence and arcs as they came, (N, N).
+// The same for one sequence and arcs as they came, (N, N). Tells where one is NaN or +inf: maxima forget a NaN, and what
+// came before it.
 template <int B, class Real>
-HMM_INLINE void max_columns(const Real *arcs, const Real *delta, int64_t N, int64_t j0, Real *out) {
+HMM_INLINE Int<Real> max_columns(const Real *arcs, const Real *delta, int64_t N, int64_t j0, Real *out) {
   constexpr int W = kLanes<Real>;
   const Real ninf = kNegativeInfinity<Real>;
   Vec<Real> m[B];
+  Int<Real> wrong[B] = {};
   for (int v = 0; v < B; v++) m[v] = splat(ninf);
   for (int64_t i = 0; i < N; i++)
-    for (int v = 0; v < B; v++)
-      m[v] = larger(m[v], load_part(arcs + i * N + j0 + v * W, N - j0 - v * W, ninf) + delta[i]);
-  for (int v = 0; v < B; v++) store(out + j0 + v * W, m[v]);
+    for (int v = 0; v < B; v++) {
+      const Vec<Real> x = load_part(arcs + i * N + j0 + v * W, N - j0 - v * W, ninf);
+      m[v] = larger(m[v], x + delta[i]);
+      wrong[v] |= is_bad<Real>(x);
+    }
+  for (int v = 0; v < B; v++) store(out + j0 + v * W, m[v]), wrong[0] |= wrong[v];
+  return wrong[0];
 }
-template <class Real> void max_step(const Real *arcs, const Real *delta, int64_t N, Real *out) {
+template <class Real> bool max_step(const Real *arcs, const Real *delta, int64_t N, Real *out) {
   constexpr int W = kLanes<Real>;
+  Int<Real> wrong = {};
   int64_t j = 0;
-  for (; N - j > 3 * W; j += 4 * W) max_columns<4>(arcs, delta, N, j, out);
-  for (; j < N; j += W) max_columns<1>(arcs, delta, N, j, out);
+  for (; N - j > 3 * W; j += 4 * W) wrong |= max_columns<4>(arcs, delta, N, j, out);
+  for (; j < N; j += W) wrong |= max_columns<1>(arcs, delta, N, j, out);
+  return any<Real>(wrong);
 }
 
 // The smallest i whose row(i) + into(i) is the maximum. into is padded to whole vectors.
@@ -134,9 +142,7 @@ void viterbi_group(const hmm_problem &p, const MaxArcs<Real> *arcs, PrunedStep<R
         offset[live[k]] = double(top);
       }
     else if (!arcs) {
-      max_step(sequence[0].arcs(t), previous[0], N, out[0]);
-      // Maxima forget a NaN, and what came before it.
-      if (any_bad(sequence[0].arcs(t), N * N)) offset[0] = std::numeric_limits<double>::quiet_NaN();
+      if (max_step(sequence[0].arcs(t), previous[0], N, out[0])) offset[0] = std::numeric_limits<double>::quiet_NaN();
     }
     else if (pruned && pruned->worthwhile()) {
       for (int k = 0; k < n; k++) pruned->step(live[k], previous[k], out[k]);

@@ -241,7 +241,7 @@ def learning_curve(
     for name, bits in lines.items():
         if axes.get_ylim()[0] <= bits <= axes.get_ylim()[1]:
             axes.axhline(bits, color="#c00000", linewidth=0.9, linestyle="--")
-            label = f" {name} {bits:.3f}"
+            label = f" {name}, test {bits:.3f}"
             axes.annotate(
                 label, (1, bits), xycoords=axes.get_yaxis_transform(), va="center", color="#c00000", fontsize=9
             )

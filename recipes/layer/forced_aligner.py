@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import one_hot
 from torch.nn.utils.rnn import pad_sequence
 
+from hmm_speech.configuration import report_user_errors
 from hmm_speech.data.textgrid import write_textgrid
 from hmm_speech.data.unitfile import Phone, read_units
 from hmm_speech.hmm import HMM, Banded
@@ -102,4 +103,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    with report_user_errors():
+        main()

@@ -140,6 +140,7 @@ def test_mistakes_are_told_without_a_traceback(trained, tmp_path, monkeypatch, c
         (("decode", units, units, "--out", tmp_path), "is no checkpoint"),
         (("decode", checkpoint, other, "--out", tmp_path), "vocabulary of 7 units, the model was trained on 12"),
         (("decode", checkpoint, units, "--out", tmp_path, "--format", "csv"), "--format: got 'csv'"),
+        (("decode", checkpoint, units, "--out", units), "is a file, expected a folder"),
         (
             ("decode", checkpoint, units, "--out", tmp_path, "--split", "dev"),
             "split: got 'dev', expected one of train, valid, test",
@@ -208,7 +209,9 @@ def test_an_interrupted_run_says_how_it_goes_on(trained, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130, stdout + stderr
-    assert f"ckpt_path={tmp_path / 'run/checkpoints/last.ckpt'} hydra.run.dir={tmp_path / 'run'}" in stderr
+    said = " ".join(["data.path=" + str(trained[1]), *command[4:]])
+    said = f"python train.py {said} ckpt_path={tmp_path / 'run/checkpoints/last.ckpt'} hydra.run.dir={tmp_path / 'run'}"
+    assert f"go on with: {said}\n" in stderr
     log = (tmp_path / "run/train.log").read_text()
     assert "units.parquet: " in log and "4 labels x 3 states" in log and f"run folder: {tmp_path / 'run'}" in log
 

@@ -168,3 +168,22 @@ def test_a_run_starts_from_the_parts_of_another(tmp_path: Path, train: Train, ca
     torch.testing.assert_close(after.emission.logits(), before.emission.logits(), atol=1e-5, rtol=0)
     with pytest.raises(UserError, match="no part of it fits"):
         train(tmp_path / "third", "topology.labels=9", *run, "trainer.max_epochs=1")
+
+
+def test_a_run_that_goes_on_is_told_what_is_left_of_it(
+    tmp_path: Path, train: Train, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(tmp_path / "run", "trainer.max_epochs=2", "data.batch_size=4")
+    last = f"ckpt_path={tmp_path}/run/checkpoints/last.ckpt"
+    with pytest.raises(UserError, match="was trained for 2 epochs, trainer.max_epochs is 1"):
+        train(tmp_path / "run", "trainer.max_epochs=1", last)
+    train(tmp_path / "again", "trainer.max_epochs=2", "data.batch_size=4", last)  # nothing better: tested as it is
+    assert "trained for 2 of 2 epochs" in caplog.text and (tmp_path / "again/metrics.json").exists()
+    with pytest.raises(UserError, match="data.batch_size"):
+        train(tmp_path / "other", "trainer.max_epochs=3", "data.batch_size=64", last)
+
+
+@pytest.mark.parametrize("seed", ["x", "-1", "1.5"])
+def test_a_seed_is_a_number(tmp_path: Path, train: Train, seed: str) -> None:
+    with pytest.raises(UserError, match="seed is"):
+        train(tmp_path / "run", f"seed={seed}")
