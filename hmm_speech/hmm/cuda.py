@@ -86,8 +86,8 @@ def chunk_frames(batch: int, time: int, num_states: int, multiprocessors: int, b
     return found
 
 
-# Chunks that begin early (scaled_chunks.h, early_chunks.h): frames until a message has forgotten where it began, 8 to 38
-# for random scores and those of the recipes, more for states that stay (recipes/layer/forgetting.py).
+# Chunks that begin early (scaled_chunks.h, early_chunks.h): frames until a message has forgotten where it began, 8 to
+# 38 for random scores and those of the recipes, more for states that stay (recipes/layer/forgetting.py).
 _LEAST_WARM_UP, _MOST_WARM_UP = 32, 128
 # Where transitions do not vary: warps that a multiprocessor issues from while a step waits, some 25 cycles each of 540.
 _WARPS, _CHUNKED_STATES = 20, {torch.float32: 256, torch.float64: 96}

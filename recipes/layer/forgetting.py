@@ -1,8 +1,9 @@
 """How soon does a chain forget? Frames until a message no longer tells where it began.
 
 From some frames on, the forward message is walked from ones beside the one that came from the first frame, until both
-are the same to 2^-20 in every state; and the posteriors back from a frame taken for the last one, until they differ by
-2^-20 in total from those of the whole sequence. Chunks that begin so much early (csrc/cuda/scaled_chunks.h, early_chunks.h) are exact.
+are the same to 2^-20 in every state; and the posteriors back from a frame taken for the last one, until they differ
+by 2^-20 in total from those of the whole sequence. Chunks that begin so much early (csrc/cuda/scaled_chunks.h,
+early_chunks.h) are exact.
 """
 
 import argparse

@@ -40,7 +40,7 @@ NAMES = [name for name, *_ in chains(0.0)]
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("reachable", [True, False])
 def test_a_bad_arc(name, bad, backend, reachable):
-    """Also out of a state that no path comes to, as a sum over all paths has it: nothing is known of NaN times nothing."""
+    """Also out of a state that no path comes to, as in a sum over all paths: NaN times nothing is not nothing."""
     _, transition, active = next(x for x in chains(bad) if x[0] == name)
     initial, emission = torch.zeros(STATES), arcs(0.0, (2, TIME, STATES), (0, 0, 0), seed=2)
     if not reachable and name in ("shared", "time-varying"):

@@ -124,7 +124,7 @@ def test_chains_that_do_not_forget(chunks):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("end", ["free", "forbidden"])
 def test_a_part_that_no_path_comes_to(chunks, dtype, end):
-    """Two parts without a way between them, alike. A walk from ones comes to both, and to one as the message before it."""
+    """Two parts without a way between them, alike. A walk from ones comes to both, and to one as it should."""
     time, states = 120, 4
     parts = torch.tensor([0, 0, 1, 1])
     arguments = varying(time, states, [time, time - 7], dtype)
@@ -214,6 +214,7 @@ def test_what_chunks_save():
 
 def test_which_chunks_are_taken(on_cpu, monkeypatch):
     """By transfer matrices in float32 up to 64 states, but for samples; early ones else."""
+
     def shared(states, dtype, both_ends=True, time=500):
         call = cuda.Call(*scores_of(varying(time, states, [time], dtype)))
         call.share(both_ends)

@@ -238,7 +238,8 @@ def test_durations_farther_apart_than_a_number_is_wide(backend, dtype):
             close(hmm.log_partition(), torch.tensor([expected], dtype=dtype), 1e-6)
             assert hmm.viterbi().score <= hmm.log_partition() + 1e-3
             close(hmm.marginals(), torch.ones(1, length, 1, dtype=dtype), 1e-5)
-            close((hmm.duration_counts() * torch.arange(1, len(durations) + 1)).sum(), torch.tensor(length, dtype=dtype), 1e-4)
+            frames = (hmm.duration_counts() * torch.arange(1, len(durations) + 1)).sum()
+            close(frames, torch.tensor(length, dtype=dtype), 1e-4)
 
 
 @pytest.mark.parametrize(("scale", "forbidden"), [(1.0, 0.0), (500.0, 0.0), (500.0, 0.5)])

@@ -175,11 +175,11 @@ def test_a_run_that_goes_on_is_told_what_is_left_of_it(
 ) -> None:
     train(tmp_path / "run", "trainer.max_epochs=2", "data.batch_size=4")
     last = f"ckpt_path={tmp_path}/run/checkpoints/last.ckpt"
-    with pytest.raises(UserError, match="was trained for 2 epochs, trainer.max_epochs is 1"):
+    with pytest.raises(UserError, match=r"was trained for 2 epochs, trainer\.max_epochs is 1"):
         train(tmp_path / "run", "trainer.max_epochs=1", last)
     train(tmp_path / "again", "trainer.max_epochs=2", "data.batch_size=4", last)  # nothing better: tested as it is
     assert "trained for 2 of 2 epochs" in caplog.text and (tmp_path / "again/metrics.json").exists()
-    with pytest.raises(UserError, match="data.batch_size"):
+    with pytest.raises(UserError, match=r"data\.batch_size"):
         train(tmp_path / "other", "trainer.max_epochs=3", "data.batch_size=64", last)
 
 
