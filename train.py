@@ -33,9 +33,18 @@ def train(config: dict, run: Path) -> None:
     from hmm_speech.callbacks import AtomicCheckpointIO
     from hmm_speech.checkpoint import check_resume
     from hmm_speech.module import SpeechHMM
-    from hmm_speech.report import announce, best_checkpoint, quiet, report_run, resumable, save_config
+    from hmm_speech.report import (
+        announce,
+        best_checkpoint,
+        check_accelerator,
+        quiet,
+        report_run,
+        resumable,
+        save_config,
+    )
 
     quiet()
+    check_accelerator(config["trainer"])
     seed_everything(config["seed"], workers=True)
 
     data = instantiate(config["data"], kind=LightningDataModule, allowed=allowed, where="data")

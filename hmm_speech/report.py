@@ -45,6 +45,16 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message)
 
 
+def check_accelerator(trainer: Mapping[str, Any]) -> None:
+    """Raise a UserError where a GPU is asked for and torch finds none."""
+    found = torch.cuda.is_available() or torch.backends.mps.is_available()
+    if trainer.get("accelerator") in ("gpu", "cuda") and not found:
+        raise UserError(
+            f"trainer.accelerator is {trainer['accelerator']}, and torch finds no GPU here; "
+            "take trainer=cpu, or trainer=ddp_cpu for several processes"
+        )
+
+
 def announce(module: SpeechHMM, data: UnitDataModule, run: Path) -> None:
     """Say what is trained on what, and where it goes, before anything takes time; to the run's log, too."""
     corpus = data.corpus

@@ -141,7 +141,7 @@ def test_learning_curve_reads_csv_logger_files(tmp_path, drawn):
     axes = drawn[0].axes[0]
     curves = {line.get_label(): line.get_xydata().tolist() for line in axes.lines[:2]}
     assert curves == {"train": [[0, 4.5], [1, 3.0]], "valid": [[0, 4.2], [1, 3.5]]}
-    assert [text.strip() for text in texts(axes)] == ["bigram 4.000"]  # the unigram lies far above the curves
+    assert [text.strip() for text in texts(axes)] == ["bigram, test 4.000"]  # the unigram lies far above the curves
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "bits per frame")
 
 

@@ -183,6 +183,13 @@ def test_a_run_that_goes_on_is_told_what_is_left_of_it(
         train(tmp_path / "other", "trainer.max_epochs=3", "data.batch_size=64", last)
 
 
+def test_a_gpu_that_is_not_there(tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match="take trainer=cpu"):
+        train(tmp_path / "run", "trainer=gpu")
+
+
 @pytest.mark.parametrize("seed", ["x", "-1", "1.5"])
 def test_a_seed_is_a_number(tmp_path: Path, train: Train, seed: str) -> None:
     with pytest.raises(UserError, match="seed is"):
