@@ -124,11 +124,38 @@ template <class Real> __device__ __forceinline__ Real warp_sum(Real x) {
   return x;
 }
 
+// From sm_80 on the lanes of a warp find their largest integer in one instruction; numbers take five shuffles.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+template <class Real> constexpr bool kComparesIntegers = false;
+__device__ __forceinline__ int __reduce_max_sync(unsigned, int x) { return x; }  // not there, and not used
+#else
+template <class Real> constexpr bool kComparesIntegers = sizeof(Real) == 4;
+#endif
+// Numbers as integers in the same order, +0 above -0, and NaN where the caller wants it.
+__device__ __forceinline__ int ordered(float x, int nan) {
+  const int bits = __float_as_int(x);
+  return x != x ? nan : bits < 0 ? bits ^ 0x7fffffff : bits;
+}
+__device__ __forceinline__ float from_ordered(int x) { return __int_as_float(x < 0 ? x ^ 0x7fffffff : x); }
+
 // NaN is lost where the other number is not NaN, as with fmax.
 template <class Real> __device__ __forceinline__ Real warp_max(Real x) {
+  if constexpr (kComparesIntegers<Real>) return from_ordered(__reduce_max_sync(kAllLanes, ordered(x, INT32_MIN)));
+  else {
 #pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x = fmax(x, __shfl_xor_sync(kAllLanes, x, lanes));
-  return x;
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x = fmax(x, __shfl_xor_sync(kAllLanes, x, lanes));
+    return x;
+  }
+}
+// Of two numbers, one of which does not wait for the other.
+template <class Real> __device__ __forceinline__ void warp_max_of_both(Real &x, Real &y) {
+  if constexpr (kComparesIntegers<Real>) x = warp_max(x), y = warp_max(y);
+  else
+#pragma unroll
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+      const Real other_x = __shfl_xor_sync(kAllLanes, x, lanes), other_y = __shfl_xor_sync(kAllLanes, y, lanes);
+      x = fmax(x, other_x), y = fmax(y, other_y);
+    }
 }
 
 }  // namespace hmm

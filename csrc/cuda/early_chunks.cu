@@ -12,8 +12,6 @@ namespace hmm {
 namespace {
 
 constexpr int kJoinThreads = 256, kJoinWarps = kJoinThreads / kWarp;
-// Threads at most of a block that has whole rows: in float64 512 spill.
-template <class Real> constexpr int kWalkThreads = sizeof(Real) == 4 ? kMostThreads : 384;
 template <class Real> constexpr Real kSame = sizeof(Real) == 4 ? Real(0x1p-20) : Real(0x1p-49);
 
 // The frames of a chunk, of which a sequence may have fewer or none.
@@ -25,7 +23,7 @@ struct OwnFrames {
 
 // A chunk a block.
 template <class Real, bool Large>
-__global__ void __launch_bounds__(Large ? kTile : kWalkThreads<Real>, 1)
+__global__ void __launch_bounds__(Large ? kTile : kForwardThreads<Real>, 1)
     walk_kernel(hmm_problem p, Tiling o, EarlyChunks<Real> chunks, Real *alpha, Real *norm, Real *centre) {
   HMM_SHARED_MEMORY(memory);
   const int64_t b = blockIdx.x, T = p.time, N = p.states, chunk = b * gridDim.y + blockIdx.y;
@@ -164,7 +162,7 @@ dim3 walks_of(const hmm_problem &p) { return dim3(unsigned(p.batch), unsigned(ch
 template <class Real>
 int early_forward(const hmm_problem &p, const EarlyChunks<Real> &chunks, Real *log_partition, Real *alpha, Real *norm,
                   Real *centre, int32_t *method, void *stream) {
-  const auto [large, tiling, bytes] = forward_block<Real>(p.states, kWalkThreads<Real>);
+  const auto [large, tiling, bytes] = forward_block<Real>(p.states);
   const int status = launch(large ? walk_kernel<Real, true> : walk_kernel<Real, false>, walks_of(p), tiling.threads,
                             bytes, stream, p, tiling, chunks, alpha, norm, centre);
   return status ? status

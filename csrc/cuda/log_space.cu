@@ -38,13 +38,10 @@ namespace {
 
 constexpr int kRowTile = 128;  // columns: narrower tiles, since a row's columns are shared by lanes
 constexpr int kJoinThreads = 256;
-// Threads at most of a block of halves_kernel: in float64, where rows are whole, 512 spill.
-template <class Real, bool Large, bool RowTiles>
-constexpr int kHalfThreads = Large ? kTile : RowTiles || sizeof(Real) == 4 ? kMostThreads : 384;
 
 // Whole sequences from the front, a block each.
 template <class Real, bool Large>
-__global__ void __launch_bounds__(Large ? kTile : kMostThreads, kBlocks<Real>)
+__global__ void __launch_bounds__(Large ? kTile : kForwardThreads<Real>, kBlocks<Real>)
     forward_kernel(hmm_problem p, Tiling o, Real *log_partition, Real *alpha, Real *norm, Real *centre,
                    int32_t *method, const int32_t *done) {
   HMM_SHARED_MEMORY(memory);
@@ -59,7 +56,7 @@ __global__ void __launch_bounds__(Large ? kTile : kMostThreads, kBlocks<Real>)
 
 // Two blocks a sequence, each of which has half of the frames. RowTiles: rows in tiles.
 template <class Real, bool Large, bool RowTiles>
-__global__ void __launch_bounds__(kHalfThreads<Real, Large, RowTiles>, 1)
+__global__ void __launch_bounds__(Large ? kTile : kForwardThreads<Real>, 1)
     halves_kernel(hmm_problem p, Tiling of_columns, Tiling of_rows, Real *log_partition, Real *alpha, Real *norm,
                   Real *centre, int32_t *method, double *taken, const int32_t *done) {
   HMM_SHARED_MEMORY(memory);
@@ -155,12 +152,12 @@ template <class Real> size_t log_space_workspace(const hmm_problem &p, bool back
 template <class Real, bool Large, bool RowTiles>
 static int halves_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Real *norm, Real *centre,
                           int32_t *method, double *taken, const int32_t *done, void *stream) {
-  constexpr int kMost = kHalfThreads<Real, Large, RowTiles>, kWarps = kJoinThreads / kWarp;
+  constexpr int kWarps = kJoinThreads / kWarp;
   const auto fixed = ForwardMemory<Real, Large>::bytes;
-  const Tiling columns = tiling_of<Real>(p.states, kMost, kMostThreads, kTile, fixed(p.states, kMost));
+  const Tiling columns = forward_block<Real>(p.states).tiling;
   const int threads = columns.threads;
   const Tiling rows =
-      RowTiles ? tiling_of<Real>(p.states, threads, kRowTile, kRowTile, fixed(p.states, kMost)) : columns;
+      RowTiles ? tiling_of<Real>(p.states, threads, kRowTile, kRowTile, fixed(p.states, threads)) : columns;
   const size_t bytes = max(Ring<Real, Large>::bytes(columns), Ring<Real, RowTiles>::bytes(rows));
   const dim3 walks(unsigned(p.batch), 2);
   const int status =
@@ -176,7 +173,7 @@ template <class Real>
 int log_space_forward(const hmm_problem &p, Real *log_partition, Real *alpha, Real *norm, Real *centre, int32_t *method,
                       void *workspace, void *stream) {
   if (p.batch == 0) return HMM_OK;
-  const auto [large, o, bytes] = forward_block<Real>(p.states, kMostThreads);
+  const auto [large, o, bytes] = forward_block<Real>(p.states);
   double *const taken = static_cast<double *>(workspace);
   const int32_t *done = nullptr;  // what is done in chunks
   if constexpr (sizeof(Real) == 4)

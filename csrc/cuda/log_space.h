@@ -27,8 +27,7 @@ __device__ __forceinline__ void log_sum_arcs(const Scores &scores, const Real *m
     const Real from = or_zero(larger);
     sum *= exp(top - from);
 #pragma unroll
-    for (int k = 0; k < kBatch; k++)
-      if (first + k * shares < count) sum += exp((x[k] - from) + a[k]);
+    for (int k = 0; k < kBatch; k++) sum += exp((x[k] - from) + a[k]);  // what is not there is -inf
     top = larger;
   }
 }
@@ -38,7 +37,7 @@ template <class Real, bool Large> struct ForwardMemory {
   Real *messages;                   // norm_t + emissions, before M_t is taken out
   Real *partial_top, *partial_sum;  // of each thread, or row
   Real *tops_c, *tops_alpha, *tops_frame;
-  double *totals, *taken;  // of each warp; what has been taken out, thread 0's
+  double *totals, *taken;  // of each warp; what has been taken out
 
   __device__ __forceinline__ ForwardMemory(unsigned char *&memory, int N, int threads) {
     messages = carve<Real>(memory, N);
@@ -58,24 +57,26 @@ template <class Real, bool Large> struct ForwardMemory {
 // The arcs into a frame, of which the first chunk is here, by columns: each thread's maximum and sum to `tops` and
 // `sums`, where there are tiles each column's. Returns the largest maximum of the thread's.
 template <class Real, bool Tiled>
-__device__ __forceinline__ Real sweep_columns(Ring<Real, Tiled> &ring, Chunk<Real, Tiled> chunk, const Real *arcs,
-                                              const Real *messages, Real middle, Real *tops, Real *sums) {
+__device__ __forceinline__ Real sweep_columns(Ring<Real, Tiled> &ring, const Real *arcs,
+                                              const Real *messages, Real middle, int group, int column, Real *tops,
+                                              Real *sums) {
   const Tiling &o = ring.o;
-  const int thread = threadIdx.x, group = Tiled ? 0 : thread / o.states, column = Tiled ? thread : thread % o.states;
   Real top_c = negative_infinity<Real>();
 #pragma unroll 1
   for (int tile = 0; tile < o.tiles; tile++) {
     Real top = negative_infinity<Real>(), sum = 0;
 #pragma unroll 1
     for (int n = 0; n < o.chunks; n++) {
-      if (tile + n > 0) chunk = ring.arrive(arcs, tile, n);
+      if (tile + n > 0) ring.arrive();
+      const Chunk<Real, Tiled> chunk = ring.here(arcs, tile, n);
       if (group >= o.groups || column >= chunk.columns) continue;
       const auto scores = [&](int r) { return chunk[r][column + (HMM_MUTATION == 2)]; };
       log_sum_arcs(scores, messages + chunk.row, middle, group, o.groups, chunk.rows, top, sum);
     }
     top_c = fmax(top_c, top);
-    if (!Tiled) tops[thread] = top, sums[thread] = sum;
-    else if (column < chunk.columns) tops[chunk.column + column] = top, sums[chunk.column + column] = sum;
+    if (!Tiled) tops[threadIdx.x] = top, sums[threadIdx.x] = sum;
+    else if (tile * o.width + column < o.states)
+      tops[tile * o.width + column] = top, sums[tile * o.width + column] = sum;
   }
   return top_c;
 }
@@ -90,7 +91,7 @@ __device__ __forceinline__ int lanes_of_rows(const Tiling &o) {
 // The same by rows, of which `lanes` lanes have one together: each row's to `tops` and `sums`, where a tile goes on
 // from what the one before it left.
 template <class Real, bool Tiled>
-__device__ __forceinline__ Real sweep_rows(Ring<Real, Tiled> &ring, Chunk<Real, Tiled> chunk, const Real *arcs,
+__device__ __forceinline__ Real sweep_rows(Ring<Real, Tiled> &ring, const Real *arcs,
                                            const Real *messages, Real middle, Real *tops, Real *sums, int lanes) {
   const Tiling &o = ring.o;
   const int rows_at_once = blockDim.x / lanes, lane = int(threadIdx.x) & (lanes - 1);
@@ -99,7 +100,8 @@ __device__ __forceinline__ Real sweep_rows(Ring<Real, Tiled> &ring, Chunk<Real, 
   for (int tile = 0; tile < o.tiles; tile++)
 #pragma unroll 1
     for (int n = 0; n < o.chunks; n++) {
-      if (tile + n > 0) chunk = ring.arrive(arcs, tile, n);
+      if (tile + n > 0) ring.arrive();
+      const Chunk<Real, Tiled> chunk = ring.here(arcs, tile, n);
 #pragma unroll 1
       for (int first = 0; first < chunk.rows; first += rows_at_once) {
         const int r = first + threadIdx.x / lanes, row = chunk.row + r;
@@ -123,19 +125,32 @@ __device__ __forceinline__ Real sweep_rows(Ring<Real, Tiled> &ring, Chunk<Real, 
   return top_c;
 }
 
-// The groups' sums of state j together: c_t(j) and the logarithm of the sum, 0 where that is of nothing.
+// The groups' sums of state j together: c_t(j) and the logarithm of the sum, 0 where that is of nothing. Of `sharers`
+// lanes this one takes group `first`, first + sharers, ..., at most four; all of a warp are here if there are more.
 template <class Real>
-__device__ __forceinline__ Real combine(const Real *tops, const Real *sums, int groups, int N, int j, Real &log_sum) {
-  Real c = negative_infinity<Real>(), sum = 0;
-#pragma unroll(sizeof(Real) == 4 ? 4 : 2)
-  for (int g = 0; g < groups; g++) c = fmax(c, tops[g * N + j]);
-#pragma unroll(sizeof(Real) == 4 ? 4 : 2)
-  for (int g = 0; g < groups; g++) sum += sums[g * N + j] * exp(tops[g * N + j] - or_zero(c));
+__device__ __forceinline__ Real combine(const Real *tops, const Real *sums, int groups, int N, int j, int first,
+                                        int sharers, Real &log_sum) {
+  constexpr int kMost = kMostGroups / kSharers;
+  Real top[kMost], part[kMost], c = negative_infinity<Real>(), sum = 0;
+#pragma unroll
+  for (int k = 0; k < kMost; k++) {
+    const int g = first + k * sharers;
+    top[k] = g < groups ? tops[g * N + j] : negative_infinity<Real>(), part[k] = g < groups ? sums[g * N + j] : Real(0);
+    c = fmax(c, top[k]);
+  }
+#pragma unroll
+  for (int k = kSharers / 2; k > 0; k /= 2)
+    if (k < sharers) c = fmax(c, __shfl_xor_sync(kAllLanes, c, k));
+#pragma unroll
+  for (int k = 0; k < kMost; k++) sum += part[k] * exp(top[k] - or_zero(c));
+#pragma unroll
+  for (int k = kSharers / 2; k > 0; k /= 2)
+    if (k < sharers) sum += __shfl_xor_sync(kAllLanes, sum, k);
   log_sum = sum == 0 ? Real(0) : log(sum);
   return c;
 }
 
-// log Z of a whole sequence, for thread 0: from the last frame's messages, its M and what has been taken out.
+// log Z of a whole sequence, for thread 0: from the last frame's messages, its M and what has been taken out before that.
 template <class Real, bool Large>
 __device__ __forceinline__ double finish(const ForwardMemory<Real, Large> &held, int N, int64_t length, Real middle) {
   const int thread = threadIdx.x, warps = blockDim.x / kWarp;
@@ -151,7 +166,7 @@ __device__ __forceinline__ double finish(const ForwardMemory<Real, Large> &held,
 #pragma unroll 1
   for (int w = 1; w < warps; w++) total += held.totals[w];
   if (length == 0) return 0;
-  if (feasible) return *held.taken + log(total);
+  if (feasible) return *held.taken + double(middle) + log(total);
   return middle == negative_infinity<Real>() ? double(middle) : double(middle - middle);
 }
 
@@ -174,6 +189,9 @@ __device__ __forceinline__ double forward_walk(const Tiling &o, unsigned char *m
   constexpr bool kAhead = !Large && !Tiled;  // where a step is short, and a column one thread's
   const int N = o.states, thread = threadIdx.x, threads = blockDim.x, warps = threads / kWarp;
   const int groups = FromEnd ? 1 : o.groups, lanes = FromEnd ? lanes_of_rows(o) : 1;
+  const int sharers_log2 = kAhead && !FromEnd ? o.sharers_log2 : 0, sharers = 1 << sharers_log2;
+  const int group = Tiled || FromEnd ? 0 : thread / o.states;
+  const int share = thread & (sharers - 1), column = thread >> sharers_log2;  // the (first) one that is this thread's
   Ring<Real, Tiled> ring(o, memory);
   const ForwardMemory<Real, Large> held(memory, N, threads);
   const Walk walk = walk_from_ends(q.length, both, FromEnd);
@@ -184,16 +202,14 @@ __device__ __forceinline__ double forward_walk(const Tiling &o, unsigned char *m
   int64_t t = walk.first;
   const bool enters = !FromEnd && q.entry;
   ring.start(q.arcs(FromEnd ? t : enters ? 0 : 1), kStep * q.stride, walk.frames - (enters ? 0 : 1));
-  Chunk<Real, Tiled> chunk = {};
   if (enters) {
 #pragma unroll 1
     for (int j = thread; j < N; j += threads) held.messages[j] = q.entry[j];
-    chunk = ring.arrive(q.arcs(0), 0, 0);
+    ring.arrive();
   }
-  Real ahead = q.next_emission(t);
+  Real ahead = q.next_emission(t, column);
   for (bool goes_on = walk.frames > 0; goes_on; t += kStep) {
-    Frame<Real> frame(q, t, kAhead, ahead);
-    ahead = kAhead ? q.next_emission(t + kStep) : Real(0);
+    Frame<Real> frame(q, t, column, kAhead, ahead);
     const bool early = Early && t < warm_up - (HMM_MUTATION == 56);
     Real *const norm_t = early ? arrived + N : norm + t * N, *const alpha_t = early ? arrived : alpha + t * N;
     Real *const tops = Large ? norm_t : held.partial_top, *const sums = Large ? alpha_t : held.partial_sum;
@@ -202,59 +218,66 @@ __device__ __forceinline__ double forward_walk(const Tiling &o, unsigned char *m
     if (begins) {
       if (!FromEnd)
 #pragma unroll 1
-        for (int j = thread; j < N; j += threads) top_c = fmax(top_c, q.initial[j]);
-    } else if (FromEnd) top_c = sweep_rows(ring, chunk, q.arcs(t + 1), held.messages, middle, tops, sums, lanes);
-    else top_c = sweep_columns(ring, chunk, q.arcs(t), held.messages, middle, tops, sums);
-    top_c = warp_max(top_c);
+        for (int j = column; j < N; j += threads) top_c = fmax(top_c, q.initial[j]);
+    } else if (FromEnd) top_c = sweep_rows(ring, q.arcs(t + 1), held.messages, middle, tops, sums, lanes);
+    else top_c = sweep_columns(ring, q.arcs(t), held.messages, middle, group, thread - group * o.states, tops, sums);
+    ahead = kAhead ? q.next_emission(t + kStep, column) : Real(0);
+    frame.share(held.tops_frame, top_c);
     if (thread % kWarp == 0) held.tops_c[thread / kWarp] = top_c;
-    frame.share(held.tops_frame);
 #if HMM_MUTATION != 1
     __syncthreads();
 #endif
+    const bool last = t + kStep == end;
     const Real C = or_zero(largest_of(held.tops_c, warps));
     frame.gather(held.tops_frame);
+    if (thread == threads - 1) {  // which has nothing else to do, if any has
+      if (!early) centre[t] = C;
+      if (!early || HMM_MUTATION == 57) *held.taken += double(C) + double(frame.top_e) + double(frame.top_f);
+      if (!Early || t > warm_up) *held.taken += double(middle);
+    }
     Real largest = negative_infinity<Real>();
+    const int first_of_warp = (thread & -kWarp) >> sharers_log2;
 #pragma unroll 1
-    for (int j = thread; j < N; j += threads) {
+    for (int n = 0; first_of_warp + n < N; n += threads) {  // a warp's lanes all or none
+      const int j = min(column + n, N - 1);
       Real c, log_sum = 0;
       if (begins) c = FromEnd ? Real(0) : q.initial[j];
-      else c = combine(tops, sums, groups, N, j, log_sum);
+      else c = combine(tops, sums, groups, N, j, share, sharers, log_sum);
       const Real normal = (c - C) + log_sum, message = frame.template added<Large>(normal, j);
+      if (share || column + n >= N) continue;
       norm_t[j] = normal, held.messages[j] = message;
       largest = larger_or_nan(largest, message);
     }
     largest = warp_larger_or_nan(largest);
     if (thread % kWarp == 0) held.tops_alpha[thread / kWarp] = largest;
-    const bool last = t + kStep == end;
     if (last) __syncthreads();
-    else chunk = ring.arrive(q.arcs(FromEnd ? t : t + 1), 0, 0);
+    else ring.arrive(first_copier(N << sharers_log2));
     middle = largest_of(held.tops_alpha, warps);
     const bool feasible = middle - middle == 0;
     goes_on = feasible && !last;
 #pragma unroll 1
     for (int j = thread; j < N; j += threads) alpha_t[j] = feasible ? held.messages[j] - middle : held.messages[j];
-    if (thread != 0 || (early && feasible && HMM_MUTATION != 57)) continue;
-    if (!early) centre[t] = C;
-    *held.taken += double(C) + double(frame.top_e) + double(frame.top_f) + double(middle);
   }
   ring.stop();
   // Frames that no path reaches.
   const int64_t from = FromEnd ? end + 1 : Early ? max(t, warm_up) : t, left = FromEnd ? t - end : end - from;
   clear(from, left, N, alpha, norm, centre);
-  return walk.frames == q.length && !Early ? finish(held, N, q.length, middle) : thread == 0 ? *held.taken : 0;
+  return walk.frames == q.length && !Early ? finish(held, N, q.length, middle)
+                                             : thread == 0 ? *held.taken + double(middle) : 0;
 }
 
-// What a block of walks from the front needs, by whether there are more columns than `whole`, its threads at most then.
+// What a block of walks from the front needs.
 struct ForwardBlock {
   bool large;
   Tiling tiling;
   size_t bytes;
 };
-template <class Real> ForwardBlock forward_block(int64_t states, int whole) {
-  const bool large = states > whole;
-  const int most = large ? kTile : whole;
+template <class Real> ForwardBlock forward_block(int64_t states) {
+  constexpr int kMost = kForwardThreads<Real>;
+  const bool large = states > kMost;
   const auto fixed = large ? ForwardMemory<Real, true>::bytes : ForwardMemory<Real, false>::bytes;
-  const Tiling o = tiling_of<Real>(states, most, whole, kTile, fixed(states, most));
+  const int threads = large ? kTile : threads_of_columns(states, kMost);
+  const Tiling o = tiling_of<Real>(states, threads, kMost, kTile, fixed(states, kMost));
   return {large, o, Ring<Real, true>::bytes(o) + fixed(states, o.threads)};
 }
 

@@ -19,36 +19,48 @@ template <class Real> size_t backward_fixed(int threads, int64_t N, bool tiled) 
 // added to `previous` but for the first tile. A row belongs to `lanes` lanes; returns what this thread's rows sum to.
 template <class Real, bool Tiled>
 __device__ __forceinline__ Real posterior_rows(const Chunk<Real, Tiled> &c, const Real *messages, const Real *u, Real C,
-                                               Real grad, int lanes, Real *previous, Real *edge) {
-  constexpr int kBatch = 4;
-  const int rows_at_once = blockDim.x / lanes, lane = int(threadIdx.x) & (lanes - 1);
+                                               Real grad, int lanes_log2, Real *previous, Real *edge) {
+  constexpr int kBatch = sizeof(Real) == 4 ? 4 : 2;
+  const int lanes = 1 << lanes_log2, rows_at_once = int(blockDim.x) >> lanes_log2;
+  const int lane = int(threadIdx.x) & (lanes - 1);
   Real all = 0;
 #pragma unroll 1
   for (int first = 0; first < c.rows; first += kBatch * rows_at_once) {
-    const int mine = first + threadIdx.x / lanes;
+    const int mine = first + (int(threadIdx.x) >> lanes_log2);
     Real a[kBatch], sum[kBatch];
 #pragma unroll
     for (int k = 0; k < kBatch; k++) {
       const int r = mine + k * rows_at_once;
-      a[k] = r < c.rows ? messages[c.row + r] : Real(0), sum[k] = 0;
+      a[k] = r < c.rows ? messages[c.row + r] : negative_infinity<Real>(), sum[k] = 0;
     }
 #pragma unroll 1
     for (int j = lane; j < c.columns; j += lanes) {
       const Real u_j = u[c.column + j];
+      Real probability[kBatch];
 #pragma unroll
-      for (int k = 0; k < kBatch; k++) {
-        const int r = mine + k * rows_at_once;
-        if (r >= c.rows) continue;
-        const Real probability = exp(((c[r][j] - C) - u_j) + a[k]);
-        sum[k] += probability;
-        if (edge) edge[int64_t(c.row + r) * c.states + c.column + j] = grad * probability;
+      for (int k = 0; k < kBatch; k++) {  // of a row that is not there as of the last one, which a[k] makes 0
+        probability[k] = exp(((c[min(mine + k * rows_at_once, c.rows - 1)][j] - C) - u_j) + a[k]);
+        sum[k] += probability[k];
       }
+      if (edge)
+#pragma unroll
+        for (int k = 0; k < kBatch; k++) {
+          const int r = mine + k * rows_at_once;
+          if (r < c.rows) edge[int64_t(c.row + r) * c.states + c.column + j] = grad * probability[k];
+        }
+    }
+    // Row by row within a step, so that no row waits for another one.
+#pragma unroll 1
+    for (int n = lanes / 2; n > 0; n /= 2) {
+      Real other[kBatch];
+#pragma unroll
+      for (int k = 0; k < kBatch; k++) other[k] = __shfl_xor_sync(kAllLanes, sum[k], n);
+#pragma unroll
+      for (int k = 0; k < kBatch; k++) sum[k] += other[k];
     }
 #pragma unroll
     for (int k = 0; k < kBatch; k++) {
       const int r = mine + k * rows_at_once;
-#pragma unroll 1
-      for (int n = lanes / 2; n > 0; n /= 2) sum[k] += __shfl_xor_sync(kAllLanes, sum[k], n);
       if (r >= c.rows) continue;
       all += sum[k];
       if (lane == 0) previous[c.row + r] = Tiled && c.column > 0 ? previous[c.row + r] + sum[k] : sum[k];
@@ -106,7 +118,8 @@ template <class Real> struct BackwardArrays {
 // The arcs of a step, to `edge` and to `gamma` of the next frame; returns this thread's part of its sum.
 template <bool ToEnd, class Real, bool Tiled>
 __device__ __forceinline__ Real posterior_step(Ring<Real, Tiled> &ring, const Real *arcs, const Real *messages,
-                                               const Real *u, Real C, Real grad, int lanes, Real *gamma, Real *edge) {
+                                               const Real *u, Real C, Real grad, int lanes_log2, Real *gamma,
+                                               Real *edge) {
   const Tiling &o = ring.o;
   const int thread = threadIdx.x, group = Tiled ? 0 : thread / o.states, column = Tiled ? thread : thread % o.states;
   Real all = 0;
@@ -117,8 +130,9 @@ __device__ __forceinline__ Real posterior_step(Ring<Real, Tiled> &ring, const Re
     Real sum = 0;
 #pragma unroll 1
     for (int n = 0; n < o.chunks; n++) {
-      const Chunk<Real, Tiled> chunk = ring.arrive(arcs, tile, n);
-      if (!ToEnd) all += posterior_rows(chunk, messages, u, C, grad, lanes, gamma, edge);
+      ring.arrive(tile + n > 0 ? 0 : first_copier(o.states));
+      const Chunk<Real, Tiled> chunk = ring.here(arcs, tile, n);
+      if (!ToEnd) all += posterior_rows(chunk, messages, u, C, grad, lanes_log2, gamma, edge);
       else if (mine) posterior_column(chunk, messages[j], u, C, grad, group, o.groups, column, edge, sum);
     }
     if (mine) gamma[Tiled ? j : thread] = sum, all += sum;
@@ -134,8 +148,8 @@ __device__ __forceinline__ void backward_walk(const Tiling &o, unsigned char *me
   const int N = o.states, thread = threadIdx.x, threads = blockDim.x;
   Ring<Real, Tiled> ring(o, memory);
   const BackwardMemory<Real, Tiled> held(memory, N, threads);
-  int lanes = 1;  // that share a row
-  while (!ToEnd && lanes < o.width && lanes < kWarp) lanes *= 2;
+  int lanes_log2 = 0;  // of those that share a row
+  while (!ToEnd && 1 << lanes_log2 < o.width && 1 << lanes_log2 < kWarp) lanes_log2++;
   const Walk walk = walk_to_ends(q.length, both, ToEnd);
   const bool enters = !ToEnd && x.before;
   const int64_t last = ToEnd ? q.length - 1 : enters ? -1 : 0;
@@ -148,7 +162,15 @@ __device__ __forceinline__ void backward_walk(const Tiling &o, unsigned char *me
   const auto state_of = [&](int64_t frame) {
     return early(frame) ? x.arrived + ((frame - x.own) & 1) * N : x.state + frame * N;
   };
-  Real sum = meets, norm_j = 0, alpha_j = 0;  // the thread's part of gamma's; its column's, where that is one
+  Real sum = meets;  // the thread's part of gamma's
+  // Of the thread's column, where that is one: what frame t and the one after it are known by, a step ahead.
+  Real norm_j = 0, alpha_j = 0;
+  const auto look_ahead = [&](int64_t frame) {
+    if (Tiled || thread >= N || frame == last) return;
+    norm_j = ((frame == t && meets ? x.alpha : x.norm) + frame * N)[thread];
+    alpha_j = enters && frame == 0 ? x.before[thread] : x.alpha[(frame + kStep) * N + thread];
+  };
+  look_ahead(t);
   Real *gamma_t = Tiled ? state_of(t) : held.gamma;
   if (!meets) {
 #pragma unroll 1
@@ -159,10 +181,6 @@ __device__ __forceinline__ void backward_walk(const Tiling &o, unsigned char *me
     if (thread % kWarp == 0) held.warp_sums[thread / kWarp] = sum;
     const Real C = x.centre[meets ? 0 : t], rest = meets ? x.centre[q.length - 1] : Real(0);
     const Real *const norm = (meets ? x.alpha : x.norm) + t * N;
-    if (!Tiled && thread < N && t != last) {
-      norm_j = norm[thread];
-      alpha_j = enters && t == 0 ? x.before[thread] : x.alpha[(t + kStep) * N + thread];
-    }
 #if HMM_MUTATION != 7
     __syncthreads();
 #endif
@@ -186,15 +204,16 @@ __device__ __forceinline__ void backward_walk(const Tiling &o, unsigned char *me
       if (!Tiled) held.messages[j] = alpha_j;
     }
     if (t == last) break;
+    look_ahead(t + kStep);
     const Real *const messages = Tiled ? x.alpha + (t + kStep) * N : held.messages;
     gamma_t = Tiled ? state_of(t + kStep) : held.gamma;
     Real *edge = x.edge ? x.edge + (ToEnd ? t : t - 1) * N * N : nullptr;
     if ((ToEnd && meets) || early(t - 1)) edge = nullptr;  // another walk's
-    sum = posterior_step<ToEnd>(ring, arcs_from(t), messages, held.u, C, grad, lanes, gamma_t, edge);
+    sum = posterior_step<ToEnd>(ring, arcs_from(t), messages, held.u, C, grad, lanes_log2, gamma_t, edge);
     if (enters && t == 0) break;  // gamma of the frame before is another walk's
     meets = false;
 #pragma unroll 1
-    for (int n = lanes; n < kWarp; n *= 2) sum += __shfl_xor_sync(kAllLanes, sum, n);
+    for (int n = 1 << lanes_log2; n < kWarp; n *= 2) sum += __shfl_xor_sync(kAllLanes, sum, n);
   }
   ring.stop();
 }
@@ -209,8 +228,9 @@ template <class Real> BackwardBlock backward_block(int64_t states) {
   const bool tiled = states > kBackwardTile;
   const int most = tiled ? kTiledThreads : kMostThreads;
   const size_t fixed = backward_fixed<Real>(most, states, tiled);
-  const Tiling rows = tiling_of<Real>(states, most, kBackwardTile, kBackwardTile, fixed);
-  const Tiling columns = tiling_of<Real>(states, most, kBackwardTile, kColumnTile, fixed);
+  const int threads = tiled ? most : threads_of_rows(states, most);
+  const Tiling rows = tiling_of<Real>(states, threads, kBackwardTile, kBackwardTile, fixed);
+  const Tiling columns = tiling_of<Real>(states, threads, kBackwardTile, kColumnTile, fixed);
   return {tiled, rows, columns,
           max(Ring<Real, true>::bytes(rows), Ring<Real, true>::bytes(columns)) +
               backward_fixed<Real>(rows.threads, states, tiled)};

@@ -1,21 +1,32 @@
 // The N x N scores of the arcs of a step on their way through shared memory, and reductions over a block.
 //
 // Scores lie row after row, (N, N), and are gone through in tiles of columns (one, where a block has a thread a
-// column), a tile in chunks of rows, 10 KB at most each. A ring of four chunks is in flight: while one is computed, the
-// next three are being copied, across the steps, since no score depends on a message. A chunk comes in pieces of 16
+// column), a tile in chunks of rows, 10 KB at most each. There is a ring of four chunks: while one is computed, the next
+// two are being copied, across the steps, since no score depends on a message. A chunk comes in pieces of 16
 // bytes wherever these lie whole in it, whatever N and the alignment: it is put into its slot as far from a multiple of
-// 16 as it is in global memory, and only its ends are copied number by number. One barrier a chunk: behind it a chunk
-// has arrived for all threads, and the slot of the chunk before it, which all have read, is filled again.
+// 16 as it is in global memory, and only its ends are copied number by number. One barrier a chunk, behind which
+// it has arrived for all threads. Before it, the slot of the chunk but one before is filled again, which all have read
+// since the last barrier but one: by the threads that would wait there, while others have something to do.
 #pragma once
 #include "device.h"
 
 namespace hmm {
 
+constexpr int kSharers = 4, kMostGroups = 8;  // that a thread and its neighbours put together
 constexpr int kStages = 4, kChunk = 10240;  // bytes at most: all of a step of 50 states in float32
 constexpr int kMostThreads = 512,
               kTile = 256;  // threads of a block that has whole rows; columns and threads of one that has tiles
-template <class Real>
-constexpr int kBlocks = sizeof(Real) == 4 ? 2 : 1;  // of as many threads: what registers must leave room for
+// Threads at most of a block that walks forward over whole rows: in float64 512 spill.
+template <class Real> constexpr int kForwardThreads = sizeof(Real) == 4 ? kMostThreads : 384;
+// Before sm_80 a piece that is copied waits in registers on its way: several at once. And 45 KB of shared memory leave
+// room for one block of a kernel that has 512 threads, so that these may have more registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kCopiesAtOnce = 6;
+template <class Real> constexpr int kBlocks = 1;
+#else
+constexpr int kCopiesAtOnce = 1;
+template <class Real> constexpr int kBlocks = sizeof(Real) == 4 ? 2 : 1;  // what registers must leave room for
+#endif
 
 // Sizes in numbers, not bytes.
 struct Tiling {
@@ -25,11 +36,26 @@ struct Tiling {
   int rows, chunks,
       pitch;  // rows of a chunk; chunks of a tile; from one row of a slot to the next, 0 where rows are whole
   int slot;
+  int sharers_log2;  // of the adjacent threads that put together what a column's groups have, at most as many
 };
+// The first of a block's threads that have nothing to finish, where `busy` have, and copy scores meanwhile: whole warps;
+// 0, so that all do, where these are few.
+__device__ __forceinline__ int first_copier(int busy) {
+  busy = (busy + kWarp - 1) / kWarp * kWarp;
+  return busy + 4 * kWarp > int(blockDim.x) ? 0 : busy;
+}
 
-// Whole rows where N is at most most_width, and as many threads as repay themselves; else tiles of `width` columns and
-// all of most_threads. `fixed`: bytes of shared memory that the kernel needs beside the ring.
-template <class Real> Tiling tiling_of(int64_t states, int most_threads, int most_width, int width, size_t fixed) {
+// Threads that have eight arcs each into a state, or four rows of up to 32 lanes to go along, which they take at once:
+// with more of them, what every warp does in a step beside its arcs would take longer than these.
+inline int threads_of_columns(int64_t N, int most) { return int(min(int64_t(most), N * ((N + 7) / 8))); }
+inline int threads_of_rows(int64_t N, int most) {
+  int64_t lanes = 1;
+  while (lanes < N && lanes < kWarp) lanes *= 2;
+  return int(max(int64_t(kWarp), min(int64_t(most), lanes * ((N + 3) / 4))));
+}
+
+// Whole rows where N is at most most_width, and `threads` or a few more or less; else tiles of `width` columns. `fixed`: bytes of shared memory that the kernel needs beside the ring.
+template <class Real> Tiling tiling_of(int64_t states, int threads, int most_width, int width, size_t fixed) {
   constexpr int V = 16 / int(sizeof(Real));
   const int N = int(states);
   const bool tiled = N > most_width;
@@ -37,17 +63,17 @@ template <class Real> Tiling tiling_of(int64_t states, int most_threads, int mos
   o.states = N;
   o.width = tiled ? width : N;
   o.tiles = (N + o.width - 1) / o.width;
-  const int wanted = min(most_threads, N <= 8 ? 32 : N <= 16 ? 64 : N <= 32 ? 128 : 512);
-  o.groups = tiled ? 1 : max(1, min(N, wanted / N));
-  o.threads = tiled ? most_threads : (o.groups * N + kWarp - 1) / kWarp * kWarp;
+  o.groups = tiled ? 1 : max(1, min(min(N, kMostGroups), threads / N));
+  o.threads = tiled ? threads : (o.groups * N + kWarp - 1) / kWarp * kWarp;
   o.pitch = tiled ? (o.width + 2 * V - 2) / V * V : 0;
   const int left = (48 * 1024 - int(fixed)) / kStages / int(sizeof(Real)) - V;
   int most = max(1, min(N, min(kChunk / int(sizeof(Real)), left) / (tiled ? o.pitch : N)));
-  if (most > o.groups) most -= most % o.groups;
+  if (most < N && most > o.groups) most -= most % o.groups;
   o.chunks = (N + most - 1) / most;
   o.rows = (N + o.chunks - 1) / o.chunks;
-  if (most >= o.groups) o.rows = (o.rows + o.groups - 1) / o.groups * o.groups;
+  if (most < N && most >= o.groups) o.rows = (o.rows + o.groups - 1) / o.groups * o.groups;
   o.chunks = (N + o.rows - 1) / o.rows;
+  o.sharers_log2 = o.groups < 2 ? 0 : o.groups < kSharers ? 1 : 2;
   o.slot = tiled ? o.rows * o.pitch : o.rows * N + V - 1;
   return o;
 }
@@ -85,21 +111,27 @@ template <class Real, bool Tiled> struct Ring {
   // Begins with the arcs of the first of `steps` steps. No thread reads the slots any more.
   __device__ __forceinline__ void start(const Real *first, int64_t to_next, int64_t steps) {
     arcs = first, stride = to_next, left = steps;
-    tile = chunk = filled = used = 0;
+    tile = chunk = filled = 0, used = -1;
 #pragma unroll 1
-    for (int stage = 0; stage < kStages - 1; stage++) fill();
+    for (int stage = 0; stage < kStages - 2 + (HMM_MUTATION == 62); stage++) fill(0);
   }
 
-  // The next chunk, of a step whose arcs are at `scores`: this one of its tile. Reached by all threads: a barrier.
-  __device__ __forceinline__ Chunk<Real, Tiled> arrive(const Real *scores, int its_tile, int its_chunk) {
+  // The next chunk is here behind this. Reached by all threads: a barrier. Those from `copiers` on copy; the others,
+  // where there are any, have come later.
+  __device__ __forceinline__ void arrive(int copiers = 0) {
+    fill(copiers);
 #if HMM_MUTATION != 3
     copy_wait<kStages - 2>();
 #endif
     __syncthreads();
-    fill();
+    used = used + 1 == kStages ? 0 : used + 1;
+  }
+
+  // The one that is here, of a step whose arcs are at `scores`: which one of its tile. It is not carried from step to
+  // step: the compiler would lose sight of its pointer being one to shared memory.
+  __device__ __forceinline__ Chunk<Real, Tiled> here(const Real *scores, int its_tile, int its_chunk) const {
     Chunk<Real, Tiled> found = at(scores, its_tile, its_chunk);
     found.slot = slots + used * apart;
-    used = used + 1 == kStages ? 0 : used + 1;
     return found;
   }
 
@@ -117,9 +149,10 @@ template <class Real, bool Tiled> struct Ring {
     return c;
   }
 
-  __device__ __forceinline__ void fill() {
+  // By the block's threads from `first` on.
+  __device__ __forceinline__ void fill(int first) {
     if (left > 0) {
-      copy(slots + filled * apart, at(arcs, tile, chunk));
+      copy(slots + filled * apart, at(arcs, tile, chunk), first);
       if (++chunk == o.chunks) chunk = 0, tile++;
       if (tile == o.tiles) tile = 0, arcs += stride, left--;
     }
@@ -127,12 +160,12 @@ template <class Real, bool Tiled> struct Ring {
     filled = filled + 1 == kStages ? 0 : filled + 1;
   }
 
-  __device__ __forceinline__ void copy(Real *slot, const Chunk<Real, Tiled> &c) const {
+  __device__ __forceinline__ void copy(Real *slot, const Chunk<Real, Tiled> &c, int first) const {
     const Real *from = arcs + int64_t(c.row) * o.states + c.column;
     const int length = Tiled ? c.columns : c.rows * o.states, runs = Tiled ? c.rows : 1;
     const int pieces = (length + 2 * V - 2) / V;  // of a run, wherever it begins
-#pragma unroll 1
-    for (int k = threadIdx.x; k < runs * pieces; k += blockDim.x) {
+#pragma unroll(kCopiesAtOnce)
+    for (int k = int(threadIdx.x) - first; k >= 0 && k < runs * pieces; k += int(blockDim.x) - first) {
       const int run = Tiled ? k / pieces : 0, piece = (k - run * pieces) * V;
       const Real *begin = from + int64_t(run) * o.states;
       const int phase = phase_of(begin), low = max(piece, phase), high = min(piece + V, phase + length);
@@ -150,29 +183,32 @@ template <class Real> __device__ __forceinline__ Real larger_or_nan(Real a, Real
 
 // The largest over a warp, NaN where one is NaN.
 template <class Real> __device__ __forceinline__ Real warp_larger_or_nan(Real x) {
+  if constexpr (kComparesIntegers<Real>) return from_ordered(__reduce_max_sync(kAllLanes, ordered(x, INT32_MAX)));
+  else {
 #pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x = larger_or_nan(x, __shfl_xor_sync(kAllLanes, x, lanes));
-  return x;
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x = larger_or_nan(x, __shfl_xor_sync(kAllLanes, x, lanes));
+    return x;
+  }
 }
 
 // The reductions' second half: of n numbers in shared memory, one a warp, the same for every lane. For whole warps.
+constexpr int kMostWarps = kMostThreads / kWarp;
 template <class Real> __device__ __forceinline__ Real largest_of(const Real *x, int n) {
-  int among = 1;
-  while (among < n) among *= 2;
-  const int lane = int(threadIdx.x) & (among - 1);
+  const int lane = int(threadIdx.x) & (kMostWarps - 1);
   Real found = lane < n ? x[lane] : negative_infinity<Real>();
-#pragma unroll 1
-  for (int lanes = among / 2; lanes > 0; lanes /= 2)
-    found = larger_or_nan(found, __shfl_xor_sync(kAllLanes, found, lanes));
-  return found;
+  if constexpr (kComparesIntegers<Real>) return warp_larger_or_nan(found);
+  else {
+#pragma unroll
+    for (int lanes = kMostWarps / 2; lanes > 0; lanes /= 2)
+      found = larger_or_nan(found, __shfl_xor_sync(kAllLanes, found, lanes));
+    return found;
+  }
 }
 template <class Real> __device__ __forceinline__ Real sum_of(const Real *x, int n) {
-  int among = 1;
-  while (among < n) among *= 2;
-  const int lane = int(threadIdx.x) & (among - 1);
+  const int lane = int(threadIdx.x) & (kMostWarps - 1);
   Real found = lane < n ? x[lane] : Real(0);
-#pragma unroll 1
-  for (int lanes = among / 2; lanes > 0; lanes /= 2) found += __shfl_xor_sync(kAllLanes, found, lanes);
+#pragma unroll
+  for (int lanes = kMostWarps / 2; lanes > 0; lanes /= 2) found += __shfl_xor_sync(kAllLanes, found, lanes);
   return found;
 }
 
@@ -200,10 +236,10 @@ template <class Real> struct Sequence {
         final(p.final ? static_cast<const Real *>(p.final) + b * p.final_batch_stride : nullptr),
         length(p.lengths[b]), stride(p.transition_time_stride), states(int(p.states)) {}
 
-  // The emission of the thread's first column, for a frame that comes later: nothing waits for it yet.
-  __device__ __forceinline__ Real next_emission(int64_t t) const {
-    const bool any = emission && t < length && int(threadIdx.x) < states;
-    return any ? emission[t * states + threadIdx.x] : negative_infinity<Real>();
+  // The emission of a column, if there is one, for a frame that comes later: nothing waits for it yet.
+  __device__ __forceinline__ Real next_emission(int64_t t, int column) const {
+    const bool any = emission && t < length && column < states;
+    return any ? emission[t * states + column] : negative_infinity<Real>();
   }
   // Some of its frames as a sequence of their own: those before them are known by `before`, those behind by `behind`
   // (null for none: then they are its first and last).
@@ -224,9 +260,9 @@ template <class Real> struct Frame {
   const Real *emission, *final;  // null for none
   Real e, f, top_e, top_f;       // the largest of these columns, then of all
 
-  // `ahead`: the emission of the thread's column, where that is its only one (`alone`): what next_emission gave a frame
-  // ago.
-  __device__ __forceinline__ Frame(const Sequence<Real> &q, int64_t t, bool alone, Real ahead)
+  // Of the thread's columns the first is `column`. `ahead`: its emission, where it is the only one (`alone`): what
+  // next_emission gave a frame ago.
+  __device__ __forceinline__ Frame(const Sequence<Real> &q, int64_t t, int column, bool alone, Real ahead)
       : emission(q.emission ? q.emission + t * q.states : nullptr), final(t == q.length - 1 ? q.final : nullptr) {
     e = f = top_e = top_f = negative_infinity<Real>();
     if (alone && !final) {
@@ -234,15 +270,15 @@ template <class Real> struct Frame {
       return;
     }
 #pragma unroll 1
-    for (int j = threadIdx.x; j < q.states; j += blockDim.x) {
+    for (int j = column; j < q.states; j += blockDim.x) {
       if (emission) top_e = fmax(top_e, e = emission[j]);
       if (final) top_f = fmax(top_f, f = final[j]);
     }
   }
-  // Before a barrier, and behind it. `scratch` has two numbers a warp.
-  __device__ __forceinline__ void share(Real *scratch) {
+  // Before a barrier, with a maximum of the caller's over a warp, and behind it. `scratch` has two numbers a warp.
+  __device__ __forceinline__ void share(Real *scratch, Real &other) {
     const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
-    top_e = warp_max(top_e);
+    warp_max_of_both(top_e, other);
     if (final) top_f = warp_max(top_f);
     if (threadIdx.x % kWarp == 0) scratch[warp] = top_e, scratch[warps + warp] = top_f;
   }

@@ -89,7 +89,7 @@ __device__ __forceinline__ void walk_back(const int16_t *pointers, int64_t lengt
 
 // The arcs into a frame, of which the first chunk is here: the best of each column, and where it is from.
 template <class Real, bool Tiled>
-__device__ __forceinline__ void sweep(Ring<Real, Tiled> &ring, Chunk<Real, Tiled> chunk, const Real *arcs, Real middle,
+__device__ __forceinline__ void sweep(Ring<Real, Tiled> &ring, const Real *arcs, Real middle,
                                       const ViterbiMemory<Real, Tiled> &held, int16_t *pointers) {
   const Tiling &o = ring.o;
   const int thread = threadIdx.x, group = Tiled ? 0 : thread / o.states, column = Tiled ? thread : thread % o.states;
@@ -99,13 +99,14 @@ __device__ __forceinline__ void sweep(Ring<Real, Tiled> &ring, Chunk<Real, Tiled
     int from = 0;
 #pragma unroll 1
     for (int n = 0; n < o.chunks; n++) {
-      if (tile + n > 0) chunk = ring.arrive(arcs, tile, n);
+      if (tile + n > 0) ring.arrive();
+      const Chunk<Real, Tiled> chunk = ring.here(arcs, tile, n);
       if (group < o.groups && column < chunk.columns)
         best_row(chunk, held.messages, middle, group, o.groups, column, best, from);
     }
     if (!Tiled) held.partial_best[thread] = best, held.partial_from[thread] = from;
-    else if (column < chunk.columns)
-      held.next[chunk.column + column] = best, pointers[chunk.column + column] = int16_t(from);
+    else if (tile * o.width + column < o.states)
+      held.next[tile * o.width + column] = best, pointers[tile * o.width + column] = int16_t(from);
   }
 }
 
@@ -159,20 +160,17 @@ __global__ void __launch_bounds__(Tiled ? kTile : kMostThreads, kBlocks<Real>)
   double offset = 0;  // of thread 0
   Real middle = 0;    // M of the frame before
   ring.start(q.arcs(1), q.stride, q.length - 1);
-  Chunk<Real, Tiled> chunk = {};
   int64_t t = 0;
-  Real ahead = q.next_emission(0);
+  Real ahead = q.next_emission(0, thread);
   for (bool goes_on = q.length > 0; goes_on; t++) {
-    Frame<Real> frame(q, t, !Tiled, ahead);
-    ahead = Tiled ? Real(0) : q.next_emission(t + 1);
+    Frame<Real> frame(q, t, thread, !Tiled, ahead);
+    ahead = Tiled ? Real(0) : q.next_emission(t + 1, thread);
     Real top = negative_infinity<Real>(), largest = top;
-    if (t > 0) sweep(ring, chunk, q.arcs(t), middle, held, pointers + t * N);
-    else {
+    if (t > 0) sweep(ring, q.arcs(t), middle, held, pointers + t * N);
+    else
       for (int j = thread; j < N; j += threads) top = fmax(top, q.initial[j]);
-      top = warp_max(top);
-      if (thread % kWarp == 0) held.tops_initial[warp] = top;
-    }
-    frame.share(held.tops_frame);
+    frame.share(held.tops_frame, top);
+    if (thread % kWarp == 0) held.tops_initial[warp] = top;
     __syncthreads();
     frame.gather(held.tops_frame);
     top = t == 0 ? or_zero(largest_of(held.tops_initial, warps)) : Real(0);
@@ -193,7 +191,7 @@ __global__ void __launch_bounds__(Tiled ? kTile : kMostThreads, kBlocks<Real>)
     if (thread % kWarp == 0) held.tops_delta[warp] = largest;
     const bool last = t + 1 == q.length;
     if (last) __syncthreads();
-    else chunk = ring.arrive(q.arcs(t + 1), 0, 0);
+    else ring.arrive();
     if (Tiled) {
       Real *const old = held.messages;
       held.messages = held.next, held.next = old;
@@ -212,9 +210,9 @@ template <class Real>
 int viterbi(const hmm_problem &p, Real *score, Real *delta, int16_t *pointers, int64_t *states, void *stream) {
   if (p.batch == 0) return HMM_OK;
   const bool tiled = p.states > kMostThreads;
-  const int most = tiled ? kTile : kMostThreads;
+  const int threads = tiled ? kTile : threads_of_columns(p.states, kMostThreads);
   const auto fixed = tiled ? ViterbiMemory<Real, true>::bytes : ViterbiMemory<Real, false>::bytes;
-  const Tiling o = tiling_of<Real>(p.states, most, kMostThreads, kTile, fixed(p.states, most));
+  const Tiling o = tiling_of<Real>(p.states, threads, kMostThreads, kTile, fixed(p.states, kMostThreads));
   const size_t bytes = Ring<Real, true>::bytes(o) + fixed(p.states, o.threads);
   return launch(tiled ? viterbi_kernel<Real, true> : viterbi_kernel<Real, false>, dim3(unsigned(p.batch)), o.threads,
                 bytes, stream, p, o, score, delta, pointers, states);

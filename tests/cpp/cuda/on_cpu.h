@@ -50,6 +50,16 @@ struct alignas(16) double2 {
 template <class T> inline T __ldg(const T *p) { return *p; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __float_as_int(float x) {
+  int bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float __int_as_float(int bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
 using std::max;
 using std::min;
 
@@ -86,6 +96,12 @@ template <class T> T shuffle(int line, unsigned mask, T x, unsigned from) {
   return x;
 }
 
+// The largest of all lanes, which are 32.
+inline int reduce_max(int line, unsigned mask, int x) {
+  for (unsigned lanes = 16; lanes > 0; lanes /= 2) x = max(x, shuffle(line, mask, x, current->lane ^ lanes));
+  return x;
+}
+
 }  // namespace on_cpu
 
 #define HMM_SHARED_MEMORY(name) unsigned char *name = on_cpu::shared_memory()
@@ -101,6 +117,7 @@ template <class T> T shuffle(int line, unsigned mask, T x, unsigned from) {
   on_cpu::shuffle(__LINE__, mask, x, on_cpu::current->lane < unsigned(lanes) ? on_cpu::current->lane : on_cpu::current->lane - (lanes))
 #define __shfl_down_sync(mask, x, lanes) \
   on_cpu::shuffle(__LINE__, mask, x, on_cpu::current->lane + (lanes) > 31 ? on_cpu::current->lane : on_cpu::current->lane + (lanes))
+#define __reduce_max_sync(mask, x) on_cpu::reduce_max(__LINE__, mask, x)
 #define __ballot_sync(mask, vote) on_cpu::ballot(__LINE__, mask, bool(vote))
 #define __any_sync(mask, vote) (on_cpu::ballot(__LINE__, mask, bool(vote)) != 0)
 #define __all_sync(mask, vote) (on_cpu::ballot(__LINE__, mask, bool(vote)) == (mask))
