@@ -118,6 +118,20 @@ template <class T> __host__ __device__ constexpr size_t carved(int64_t n) {
   return size_t(n * int64_t(sizeof(T)) + 15) / 16 * 16;
 }
 
+// 16 bytes on their way from global to shared memory. Before sm_80 they wait in registers, between take and put, so that
+// several are on their way at once.
+struct Piece {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  float4 held;
+  __device__ __forceinline__ void take(const void *global) { held = *static_cast<const float4 *>(global); }
+  __device__ __forceinline__ void put(void *shared) const { *static_cast<float4 *>(shared) = held; }
+#else
+  const void *from;
+  __device__ __forceinline__ void take(const void *global) { from = global; }
+  __device__ __forceinline__ void put(void *shared) const { copy_async<16>(shared, from); }
+#endif
+};
+
 template <class Real> __device__ __forceinline__ Real warp_sum(Real x) {
 #pragma unroll
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);

@@ -13,21 +13,21 @@ namespace {
 template <class Real, class Scores>
 __device__ __forceinline__ void log_sum_arcs(const Scores &scores, const Real *messages, Real middle, int share,
                                              int shares, int count, Real &top, Real &sum) {
-  constexpr int kBatch = sizeof(Real) == 4 ? 8 : 4;
+  constexpr int kBatch = kArcsAtOnce<Real>;
 #pragma unroll 1
   for (int first = share; first < count; first += kBatch * shares) {
     Real x[kBatch], a[kBatch], larger = top;
 #pragma unroll
     for (int k = 0; k < kBatch; k++) {
-      const int r = first + k * shares;
-      x[k] = negative_infinity<Real>(), a[k] = 0;
-      if (r < count) x[k] = scores(r), a[k] = messages[r] - middle;
+      const int r = first + k * shares, known = min(r, count - 1);  // read without a branch
+      x[k] = scores(known), a[k] = messages[known] - middle;
+      if (r >= count) x[k] = negative_infinity<Real>();
       larger = fmax(larger, x[k] + a[k]);
     }
     const Real from = or_zero(larger);
     sum *= exp(top - from);
 #pragma unroll
-    for (int k = 0; k < kBatch; k++) sum += exp((x[k] - from) + a[k]);  // what is not there is -inf
+    for (int k = 0; k < kBatch; k++) sum += exp((x[k] - from) + a[k]);
     top = larger;
   }
 }
@@ -134,8 +134,9 @@ __device__ __forceinline__ Real combine(const Real *tops, const Real *sums, int 
   Real top[kMost], part[kMost], c = negative_infinity<Real>(), sum = 0;
 #pragma unroll
   for (int k = 0; k < kMost; k++) {
-    const int g = first + k * sharers;
-    top[k] = g < groups ? tops[g * N + j] : negative_infinity<Real>(), part[k] = g < groups ? sums[g * N + j] : Real(0);
+    const int g = first + k * sharers, known = min(g, groups - 1) * N + j;
+    top[k] = tops[known], part[k] = sums[known];
+    if (g >= groups) top[k] = negative_infinity<Real>(), part[k] = 0;
     c = fmax(c, top[k]);
   }
 #pragma unroll
@@ -207,11 +208,12 @@ __device__ __forceinline__ double forward_walk(const Tiling &o, unsigned char *m
     for (int j = thread; j < N; j += threads) held.messages[j] = q.entry[j];
     ring.arrive();
   }
-  Real ahead = q.next_emission(t, column);
-  for (bool goes_on = walk.frames > 0; goes_on; t += kStep) {
-    Frame<Real> frame(q, t, column, kAhead, ahead);
+  int64_t at = t * N;  // where frame t is
+  Real ahead = q.next_emission(t, at, column);
+  for (bool goes_on = walk.frames > 0; goes_on; t += kStep, at += kStep * N) {
+    Frame<Real> frame(q, t, at, column, kAhead, ahead);
     const bool early = Early && t < warm_up - (HMM_MUTATION == 56);
-    Real *const norm_t = early ? arrived + N : norm + t * N, *const alpha_t = early ? arrived : alpha + t * N;
+    Real *const norm_t = early ? arrived + N : norm + at, *const alpha_t = early ? arrived : alpha + at;
     Real *const tops = Large ? norm_t : held.partial_top, *const sums = Large ? alpha_t : held.partial_sum;
     Real top_c = FromEnd ? Real(0) : negative_infinity<Real>();
     const bool begins = t == walk.first && !enters;
@@ -221,7 +223,7 @@ __device__ __forceinline__ double forward_walk(const Tiling &o, unsigned char *m
         for (int j = column; j < N; j += threads) top_c = fmax(top_c, q.initial[j]);
     } else if (FromEnd) top_c = sweep_rows(ring, q.arcs(t + 1), held.messages, middle, tops, sums, lanes);
     else top_c = sweep_columns(ring, q.arcs(t), held.messages, middle, group, thread - group * o.states, tops, sums);
-    ahead = kAhead ? q.next_emission(t + kStep, column) : Real(0);
+    ahead = kAhead ? q.next_emission(t + kStep, at + kStep * N, column) : Real(0);
     frame.share(held.tops_frame, top_c);
     if (thread % kWarp == 0) held.tops_c[thread / kWarp] = top_c;
 #if HMM_MUTATION != 1
@@ -276,7 +278,7 @@ template <class Real> ForwardBlock forward_block(int64_t states) {
   constexpr int kMost = kForwardThreads<Real>;
   const bool large = states > kMost;
   const auto fixed = large ? ForwardMemory<Real, true>::bytes : ForwardMemory<Real, false>::bytes;
-  const int threads = large ? kTile : threads_of_columns(states, kMost);
+  const int threads = large ? kTile : threads_of_columns<Real>(states, kMost);
   const Tiling o = tiling_of<Real>(states, threads, kMost, kTile, fixed(states, kMost));
   return {large, o, Ring<Real, true>::bytes(o) + fixed(states, o.threads)};
 }

@@ -20,7 +20,7 @@ template <class Real> size_t backward_fixed(int threads, int64_t N, bool tiled) 
 template <class Real, bool Tiled>
 __device__ __forceinline__ Real posterior_rows(const Chunk<Real, Tiled> &c, const Real *messages, const Real *u, Real C,
                                                Real grad, int lanes_log2, Real *previous, Real *edge) {
-  constexpr int kBatch = sizeof(Real) == 4 ? 4 : 2;
+  constexpr int kBatch = kRowsAtOnce<Real>;
   const int lanes = 1 << lanes_log2, rows_at_once = int(blockDim.x) >> lanes_log2;
   const int lane = int(threadIdx.x) & (lanes - 1);
   Real all = 0;
@@ -228,7 +228,7 @@ template <class Real> BackwardBlock backward_block(int64_t states) {
   const bool tiled = states > kBackwardTile;
   const int most = tiled ? kTiledThreads : kMostThreads;
   const size_t fixed = backward_fixed<Real>(most, states, tiled);
-  const int threads = tiled ? most : threads_of_rows(states, most);
+  const int threads = tiled ? most : threads_of_rows<Real>(states, most);
   const Tiling rows = tiling_of<Real>(states, threads, kBackwardTile, kBackwardTile, fixed);
   const Tiling columns = tiling_of<Real>(states, threads, kBackwardTile, kColumnTile, fixed);
   return {tiled, rows, columns,

@@ -18,14 +18,18 @@ constexpr int kMostThreads = 512,
               kTile = 256;  // threads of a block that has whole rows; columns and threads of one that has tiles
 // Threads at most of a block that walks forward over whole rows: in float64 512 spill.
 template <class Real> constexpr int kForwardThreads = sizeof(Real) == 4 ? kMostThreads : 384;
-// Before sm_80 a piece that is copied waits in registers on its way: several at once. And 45 KB of shared memory leave
-// room for one block of a kernel that has 512 threads, so that these may have more registers.
+// Pieces of 16 bytes that a thread copies at once, and blocks that registers must leave room for: on sm_75, 45 KB of
+// shared memory let a multiprocessor have one.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr int kCopiesAtOnce = 6;
+constexpr int kPieces = 5;
 template <class Real> constexpr int kBlocks = 1;
 #else
-constexpr int kCopiesAtOnce = 1;
-template <class Real> constexpr int kBlocks = sizeof(Real) == 4 ? 2 : 1;  // what registers must leave room for
+#ifdef HMM_ON_CPU
+constexpr int kPieces = 5;
+#else
+constexpr int kPieces = 1;
+#endif
+template <class Real> constexpr int kBlocks = sizeof(Real) == 4 ? 2 : 1;
 #endif
 
 // Sizes in numbers, not bytes.
@@ -45,13 +49,17 @@ __device__ __forceinline__ int first_copier(int busy) {
   return busy + 4 * kWarp > int(blockDim.x) ? 0 : busy;
 }
 
-// Threads that have eight arcs each into a state, or four rows of up to 32 lanes to go along, which they take at once:
-// with more of them, what every warp does in a step beside its arcs would take longer than these.
-inline int threads_of_columns(int64_t N, int most) { return int(min(int64_t(most), N * ((N + 7) / 8))); }
-inline int threads_of_rows(int64_t N, int most) {
-  int64_t lanes = 1;
+// Arcs of a column, and rows, that a thread takes at once. Blocks have as many threads as leave it no more: with others,
+// what each warp does in a step beside its arcs would take longer than these.
+template <class Real> constexpr int kArcsAtOnce = sizeof(Real) == 4 ? 8 : 4;
+template <class Real> constexpr int kRowsAtOnce = sizeof(Real) == 4 ? 5 : 2;
+template <class Real> int threads_of_columns(int64_t N, int most) {
+  return int(min(int64_t(most), N * ((N - 1) / kArcsAtOnce<Real> + 1)));
+}
+template <class Real> int threads_of_rows(int64_t N, int most) {
+  int64_t lanes = 1;  // along a row
   while (lanes < N && lanes < kWarp) lanes *= 2;
-  return int(max(int64_t(kWarp), min(int64_t(most), lanes * ((N + 3) / 4))));
+  return int(max(int64_t(kWarp), min(int64_t(most), lanes * ((N - 1) / kRowsAtOnce<Real> + 1))));
 }
 
 // Whole rows where N is at most most_width, and `threads` or a few more or less; else tiles of `width` columns. `fixed`: bytes of shared memory that the kernel needs beside the ring.
@@ -164,16 +172,32 @@ template <class Real, bool Tiled> struct Ring {
     const Real *from = arcs + int64_t(c.row) * o.states + c.column;
     const int length = Tiled ? c.columns : c.rows * o.states, runs = Tiled ? c.rows : 1;
     const int pieces = (length + 2 * V - 2) / V;  // of a run, wherever it begins
-#pragma unroll(kCopiesAtOnce)
-    for (int k = int(threadIdx.x) - first; k >= 0 && k < runs * pieces; k += int(blockDim.x) - first) {
-      const int run = Tiled ? k / pieces : 0, piece = (k - run * pieces) * V;
-      const Real *begin = from + int64_t(run) * o.states;
-      const int phase = phase_of(begin), low = max(piece, phase), high = min(piece + V, phase + length);
-      Real *to = slot + run * o.pitch;
-      if (high - low == V) copy_async<16>(to + piece, begin + (piece - phase));
-      else
+    const int stride = int(blockDim.x) - first, mine = int(threadIdx.x) - first;
 #pragma unroll 1
-        for (int x = low; x < high; x++) copy_async<int(sizeof(Real))>(to + x, begin + (x - phase));
+    for (int all = mine; mine >= 0 && all < runs * pieces; all += kPieces * stride) {
+      Piece whole[kPieces];
+      // Piece u to `to`, where it lies whole in its run; else, of numbers low..high-1 of the run's pieces, one by one.
+      const auto piece = [&](int u, auto &&visit) {
+        const int k = all + u * stride;
+        if (k >= runs * pieces) return;
+        const int run = Tiled ? k / pieces : 0, at = (k - run * pieces) * V;
+        const Real *const begin = from + int64_t(run) * o.states;
+        const int phase = phase_of(begin), low = max(at, phase), high = min(at + V, phase + length);
+        visit(slot + run * o.pitch, [=](int x) { return begin + (x - phase); }, at, low, high);
+      };
+#pragma unroll
+      for (int u = 0; u < kPieces; u++)
+        piece(u, [&](Real *, const auto &source, int at, int low, int high) {
+          if (high - low == V) whole[u].take(source(at));
+        });
+#pragma unroll
+      for (int u = 0; u < kPieces; u++)
+        piece(u, [&](Real *to, const auto &source, int at, int low, int high) {
+          if (high - low == V) whole[u].put(to + at);
+          else
+#pragma unroll 1
+            for (int x = low; x < high; x++) copy_async<int(sizeof(Real))>(to + x, source(x));
+        });
     }
   }
 };
@@ -236,10 +260,10 @@ template <class Real> struct Sequence {
         final(p.final ? static_cast<const Real *>(p.final) + b * p.final_batch_stride : nullptr),
         length(p.lengths[b]), stride(p.transition_time_stride), states(int(p.states)) {}
 
-  // The emission of a column, if there is one, for a frame that comes later: nothing waits for it yet.
-  __device__ __forceinline__ Real next_emission(int64_t t, int column) const {
+  // The emission of a column, if there is one, for a frame that comes later: nothing waits for it yet. `at`: t states.
+  __device__ __forceinline__ Real next_emission(int64_t t, int64_t at, int column) const {
     const bool any = emission && t < length && column < states;
-    return any ? emission[t * states + column] : negative_infinity<Real>();
+    return any ? emission[at + column] : negative_infinity<Real>();
   }
   // Some of its frames as a sequence of their own: those before them are known by `before`, those behind by `behind`
   // (null for none: then they are its first and last).
@@ -260,10 +284,10 @@ template <class Real> struct Frame {
   const Real *emission, *final;  // null for none
   Real e, f, top_e, top_f;       // the largest of these columns, then of all
 
-  // Of the thread's columns the first is `column`. `ahead`: its emission, where it is the only one (`alone`): what
+  // `at`: t states. Of the thread's columns the first is `column`. `ahead`: its emission, where it is the only one (`alone`): what
   // next_emission gave a frame ago.
-  __device__ __forceinline__ Frame(const Sequence<Real> &q, int64_t t, int column, bool alone, Real ahead)
-      : emission(q.emission ? q.emission + t * q.states : nullptr), final(t == q.length - 1 ? q.final : nullptr) {
+  __device__ __forceinline__ Frame(const Sequence<Real> &q, int64_t t, int64_t at, int column, bool alone, Real ahead)
+      : emission(q.emission ? q.emission + at : nullptr), final(t == q.length - 1 ? q.final : nullptr) {
     e = f = top_e = top_f = negative_infinity<Real>();
     if (alone && !final) {
       top_e = e = ahead;

@@ -161,10 +161,10 @@ __global__ void __launch_bounds__(Tiled ? kTile : kMostThreads, kBlocks<Real>)
   Real middle = 0;    // M of the frame before
   ring.start(q.arcs(1), q.stride, q.length - 1);
   int64_t t = 0;
-  Real ahead = q.next_emission(0, thread);
+  Real ahead = q.next_emission(0, 0, thread);
   for (bool goes_on = q.length > 0; goes_on; t++) {
-    Frame<Real> frame(q, t, thread, !Tiled, ahead);
-    ahead = Tiled ? Real(0) : q.next_emission(t + 1, thread);
+    Frame<Real> frame(q, t, t * N, thread, !Tiled, ahead);
+    ahead = Tiled ? Real(0) : q.next_emission(t + 1, (t + 1) * N, thread);
     Real top = negative_infinity<Real>(), largest = top;
     if (t > 0) sweep(ring, q.arcs(t), middle, held, pointers + t * N);
     else
@@ -210,7 +210,7 @@ template <class Real>
 int viterbi(const hmm_problem &p, Real *score, Real *delta, int16_t *pointers, int64_t *states, void *stream) {
   if (p.batch == 0) return HMM_OK;
   const bool tiled = p.states > kMostThreads;
-  const int threads = tiled ? kTile : threads_of_columns(p.states, kMostThreads);
+  const int threads = tiled ? kTile : threads_of_columns<Real>(p.states, kMostThreads);
   const auto fixed = tiled ? ViterbiMemory<Real, true>::bytes : ViterbiMemory<Real, false>::bytes;
   const Tiling o = tiling_of<Real>(p.states, threads, kMostThreads, kTile, fixed(p.states, kMostThreads));
   const size_t bytes = Ring<Real, true>::bytes(o) + fixed(p.states, o.threads);
