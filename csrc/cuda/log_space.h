@@ -63,7 +63,7 @@ __device__ __forceinline__ Real sweep_columns(Ring<Real, Tiled> &ring, const Rea
   const Tiling &o = ring.o;
   Real top_c = negative_infinity<Real>();
 #pragma unroll 1
-  for (int tile = 0; tile < o.tiles; tile++) {
+  for (int tile = 0; tile < ring.tiles(); tile++) {
     Real top = negative_infinity<Real>(), sum = 0;
 #pragma unroll 1
     for (int n = 0; n < o.chunks; n++) {
@@ -97,7 +97,7 @@ __device__ __forceinline__ Real sweep_rows(Ring<Real, Tiled> &ring, const Real *
   const int rows_at_once = blockDim.x / lanes, lane = int(threadIdx.x) & (lanes - 1);
   Real top_c = negative_infinity<Real>();
 #pragma unroll 1
-  for (int tile = 0; tile < o.tiles; tile++)
+  for (int tile = 0; tile < ring.tiles(); tile++)
 #pragma unroll 1
     for (int n = 0; n < o.chunks; n++) {
       if (tile + n > 0) ring.arrive();
@@ -258,7 +258,10 @@ __device__ __forceinline__ double forward_walk(const Tiling &o, unsigned char *m
     const bool feasible = middle - middle == 0;
     goes_on = feasible && !last;
 #pragma unroll 1
-    for (int j = thread; j < N; j += threads) alpha_t[j] = feasible ? held.messages[j] - middle : held.messages[j];
+    for (int j = thread; j < N; j += threads) {
+      alpha_t[j] = feasible ? held.messages[j] - middle : held.messages[j];
+      if (kAhead) break;
+    }
   }
   ring.stop();
   // Frames that no path reaches.

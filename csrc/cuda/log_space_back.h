@@ -27,6 +27,7 @@ __device__ __forceinline__ Real posterior_rows(const Chunk<Real, Tiled> &c, cons
 #pragma unroll 1
   for (int first = 0; first < c.rows; first += kBatch * rows_at_once) {
     const int mine = first + (int(threadIdx.x) >> lanes_log2);
+    Real *const to = edge ? edge + int64_t(c.row + mine) * c.states + c.column : nullptr;
     Real a[kBatch], sum[kBatch];
 #pragma unroll
     for (int k = 0; k < kBatch; k++) {
@@ -44,10 +45,8 @@ __device__ __forceinline__ Real posterior_rows(const Chunk<Real, Tiled> &c, cons
       }
       if (edge)
 #pragma unroll
-        for (int k = 0; k < kBatch; k++) {
-          const int r = mine + k * rows_at_once;
-          if (r < c.rows) edge[int64_t(c.row + r) * c.states + c.column + j] = grad * probability[k];
-        }
+        for (int k = 0; k < kBatch; k++)
+          if (mine + k * rows_at_once < c.rows) to[k * rows_at_once * c.states + j] = grad * probability[k];
     }
     // Row by row within a step, so that no row waits for another one.
 #pragma unroll 1
@@ -61,9 +60,9 @@ __device__ __forceinline__ Real posterior_rows(const Chunk<Real, Tiled> &c, cons
 #pragma unroll
     for (int k = 0; k < kBatch; k++) {
       const int r = mine + k * rows_at_once;
-      if (r >= c.rows) continue;
       all += sum[k];
-      if (lane == 0) previous[c.row + r] = Tiled && c.column > 0 ? previous[c.row + r] + sum[k] : sum[k];
+      if (lane != 0 || r >= c.rows) continue;
+      previous[c.row + r] = Tiled && c.column > 0 ? previous[c.row + r] + sum[k] : sum[k];
     }
   }
   return all;
@@ -124,7 +123,7 @@ __device__ __forceinline__ Real posterior_step(Ring<Real, Tiled> &ring, const Re
   const int thread = threadIdx.x, group = Tiled ? 0 : thread / o.states, column = Tiled ? thread : thread % o.states;
   Real all = 0;
 #pragma unroll 1
-  for (int tile = 0; tile < o.tiles; tile++) {
+  for (int tile = 0; tile < ring.tiles(); tile++) {
     const int j = tile * o.width + column;
     const bool mine = ToEnd && group < o.groups && j < o.states;
     Real sum = 0;

@@ -144,6 +144,7 @@ template <class Real, bool Tiled> struct Ring {
   }
 
   __device__ __forceinline__ void stop() { copy_wait<0>(); }
+  __device__ __forceinline__ int tiles() const { return Tiled ? o.tiles : 1; }
 
  private:
   __device__ static __forceinline__ int phase_of(const Real *x) { return int(uintptr_t(x) / sizeof(Real) % V); }
@@ -152,7 +153,7 @@ template <class Real, bool Tiled> struct Ring {
     Chunk<Real, Tiled> c;
     c.slot = nullptr, c.states = o.states, c.pitch = o.pitch;
     c.row = its_chunk * o.rows, c.rows = min(o.rows, o.states - c.row);
-    c.column = its_tile * o.width, c.columns = min(o.width, o.states - c.column);
+    c.column = Tiled ? its_tile * o.width : 0, c.columns = Tiled ? min(o.width, o.states - c.column) : o.states;
     c.phase = phase_of(scores + int64_t(c.row) * o.states + c.column);
     return c;
   }
@@ -162,7 +163,7 @@ template <class Real, bool Tiled> struct Ring {
     if (left > 0) {
       copy(slots + filled * apart, at(arcs, tile, chunk), first);
       if (++chunk == o.chunks) chunk = 0, tile++;
-      if (tile == o.tiles) tile = 0, arcs += stride, left--;
+      if (tile == tiles()) tile = 0, arcs += stride, left--;
     }
     copy_commit();
     filled = filled + 1 == kStages ? 0 : filled + 1;

@@ -94,7 +94,7 @@ __device__ __forceinline__ void sweep(Ring<Real, Tiled> &ring, const Real *arcs,
   const Tiling &o = ring.o;
   const int thread = threadIdx.x, group = Tiled ? 0 : thread / o.states, column = Tiled ? thread : thread % o.states;
 #pragma unroll 1
-  for (int tile = 0; tile < o.tiles; tile++) {
+  for (int tile = 0; tile < ring.tiles(); tile++) {
     Real best = negative_infinity<Real>();
     int from = 0;
 #pragma unroll 1
