@@ -130,10 +130,9 @@ __device__ __forceinline__ Real sweep_rows(Ring<Real, Tiled> &ring, const Real *
 template <class Real>
 __device__ __forceinline__ Real combine(const Real *tops, const Real *sums, int groups, int N, int j, int first,
                                         int sharers, Real &log_sum) {
-  constexpr int kMost = kMostGroups / kSharers;
-  Real top[kMost], part[kMost], c = negative_infinity<Real>(), sum = 0;
+  Real top[kShare], part[kShare], c = negative_infinity<Real>(), sum = 0;
 #pragma unroll
-  for (int k = 0; k < kMost; k++) {
+  for (int k = 0; k < kShare; k++) {
     const int g = first + k * sharers, known = min(g, groups - 1) * N + j;
     top[k] = tops[known], part[k] = sums[known];
     if (g >= groups) top[k] = negative_infinity<Real>(), part[k] = 0;
@@ -143,7 +142,7 @@ __device__ __forceinline__ Real combine(const Real *tops, const Real *sums, int 
   for (int k = kSharers / 2; k > 0; k /= 2)
     if (k < sharers) c = fmax(c, __shfl_xor_sync(kAllLanes, c, k));
 #pragma unroll
-  for (int k = 0; k < kMost; k++) sum += part[k] * exp(top[k] - or_zero(c));
+  for (int k = 0; k < kShare; k++) sum += part[k] * exp(top[k] - or_zero(c));
 #pragma unroll
   for (int k = kSharers / 2; k > 0; k /= 2)
     if (k < sharers) sum += __shfl_xor_sync(kAllLanes, sum, k);

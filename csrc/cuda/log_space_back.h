@@ -162,10 +162,13 @@ __device__ __forceinline__ void backward_walk(const Tiling &o, unsigned char *me
     return early(frame) ? x.arrived + ((frame - x.own) & 1) * N : x.state + frame * N;
   };
   Real sum = meets;  // the thread's part of gamma's
-  // Of the thread's column, where that is one: what frame t and the one after it are known by, a step ahead.
-  Real norm_j = 0, alpha_j = 0;
+  // What frame t and the one after it are known by, a step ahead; of the thread's column, where that is one. C is each
+  // warp's first lane's: what all lanes load alike, nvcc waits for at once, to keep it in a uniform register.
+  Real first_C = 0, norm_j = 0, alpha_j = 0;
   const auto look_ahead = [&](int64_t frame) {
-    if (Tiled || thread >= N || frame == last) return;
+    if (frame == last) return;
+    if (thread % kWarp == 0) first_C = x.centre[frame == t && meets ? 0 : frame];
+    if (Tiled || thread >= N) return;
     norm_j = ((frame == t && meets ? x.alpha : x.norm) + frame * N)[thread];
     alpha_j = enters && frame == 0 ? x.before[thread] : x.alpha[(frame + kStep) * N + thread];
   };
@@ -178,7 +181,7 @@ __device__ __forceinline__ void backward_walk(const Tiling &o, unsigned char *me
   }
   for (;; t += kStep) {
     if (thread % kWarp == 0) held.warp_sums[thread / kWarp] = sum;
-    const Real C = x.centre[meets ? 0 : t], rest = meets ? x.centre[q.length - 1] : Real(0);
+    const Real rest = meets ? x.centre[q.length - 1] : Real(0);
     const Real *const norm = (meets ? x.alpha : x.norm) + t * N;
 #if HMM_MUTATION != 7
     __syncthreads();
@@ -203,6 +206,7 @@ __device__ __forceinline__ void backward_walk(const Tiling &o, unsigned char *me
       if (!Tiled) held.messages[j] = alpha_j;
     }
     if (t == last) break;
+    const Real C = __shfl_sync(kAllLanes, first_C, 0);
     look_ahead(t + kStep);
     const Real *const messages = Tiled ? x.alpha + (t + kStep) * N : held.messages;
     gamma_t = Tiled ? state_of(t + kStep) : held.gamma;

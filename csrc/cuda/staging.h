@@ -12,7 +12,7 @@
 
 namespace hmm {
 
-constexpr int kSharers = 4, kMostGroups = 8;  // that a thread and its neighbours put together
+constexpr int kSharers = 4, kShare = 3;  // neighbours at most that put together what groups have, of which each takes so many
 constexpr int kStages = 4, kChunk = 10240;  // bytes at most: all of a step of 50 states in float32
 constexpr int kMostThreads = 512,
               kTile = 256;  // threads of a block that has whole rows; columns and threads of one that has tiles
@@ -51,8 +51,8 @@ __device__ __forceinline__ int first_copier(int busy) {
 
 // Arcs of a column, and rows, that a thread takes at once. Blocks have as many threads as leave it no more: with others,
 // what each warp does in a step beside its arcs would take longer than these.
-template <class Real> constexpr int kArcsAtOnce = sizeof(Real) == 4 ? 8 : 4;
-template <class Real> constexpr int kRowsAtOnce = sizeof(Real) == 4 ? 5 : 2;
+template <class Real> constexpr int kArcsAtOnce = sizeof(Real) == 4 ? 10 : 4;
+template <class Real> constexpr int kRowsAtOnce = sizeof(Real) == 4 ? 7 : 2;
 template <class Real> int threads_of_columns(int64_t N, int most) {
   return int(min(int64_t(most), N * ((N - 1) / kArcsAtOnce<Real> + 1)));
 }
@@ -71,7 +71,7 @@ template <class Real> Tiling tiling_of(int64_t states, int threads, int most_wid
   o.states = N;
   o.width = tiled ? width : N;
   o.tiles = (N + o.width - 1) / o.width;
-  o.groups = tiled ? 1 : max(1, min(min(N, kMostGroups), threads / N));
+  o.groups = tiled ? 1 : max(1, min(min(N, kSharers * kShare), threads / N));
   o.threads = tiled ? threads : (o.groups * N + kWarp - 1) / kWarp * kWarp;
   o.pitch = tiled ? (o.width + 2 * V - 2) / V * V : 0;
   const int left = (48 * 1024 - int(fixed)) / kStages / int(sizeof(Real)) - V;
@@ -81,7 +81,7 @@ template <class Real> Tiling tiling_of(int64_t states, int threads, int most_wid
   o.rows = (N + o.chunks - 1) / o.chunks;
   if (most < N && most >= o.groups) o.rows = (o.rows + o.groups - 1) / o.groups * o.groups;
   o.chunks = (N + o.rows - 1) / o.rows;
-  o.sharers_log2 = o.groups < 2 ? 0 : o.groups < kSharers ? 1 : 2;
+  o.sharers_log2 = o.groups <= kShare ? 0 : o.groups <= 2 * kShare ? 1 : 2;
   o.slot = tiled ? o.rows * o.pitch : o.rows * N + V - 1;
   return o;
 }
