@@ -49,8 +49,9 @@ __device__ __forceinline__ Real posterior_rows(const Chunk<Real, Tiled> &c, cons
           if (mine + k * rows_at_once < c.rows) to[k * rows_at_once * c.states + j] = grad * probability[k];
     }
     // Row by row within a step, so that no row waits for another one.
-#pragma unroll 1
-    for (int n = lanes / 2; n > 0; n /= 2) {
+#pragma unroll
+    for (int n = kWarp / 2; n > 0; n /= 2) {
+      if (n >= lanes) continue;
       Real other[kBatch];
 #pragma unroll
       for (int k = 0; k < kBatch; k++) other[k] = __shfl_xor_sync(kAllLanes, sum[k], n);
