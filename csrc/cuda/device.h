@@ -118,8 +118,8 @@ template <class T> __host__ __device__ constexpr size_t carved(int64_t n) {
   return size_t(n * int64_t(sizeof(T)) + 15) / 16 * 16;
 }
 
-// 16 bytes on their way from global to shared memory. Before sm_80 they wait in registers, between take and put, so that
-// several are on their way at once.
+// 16 bytes on their way from global to shared memory. Before sm_80 they wait in registers between take and put, so that
+// several come at once.
 struct Piece {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
   float4 held;
@@ -141,7 +141,6 @@ template <class Real> __device__ __forceinline__ Real warp_sum(Real x) {
 // From sm_80 on the lanes of a warp find their largest integer in one instruction; numbers take five shuffles.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 template <class Real> constexpr bool kComparesIntegers = false;
-__device__ __forceinline__ int __reduce_max_sync(unsigned, int x) { return x; }  // not there, and not used
 #else
 template <class Real> constexpr bool kComparesIntegers = sizeof(Real) == 4;
 #endif

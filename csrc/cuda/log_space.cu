@@ -19,13 +19,14 @@
 // log messages from behind are added as final scores are. Chunks that begin early: early_chunks.h. What is done so is
 // left out of the other kernels.
 //
-// Scores pass through shared memory (staging.h). From the front, N / 32 warps or more hold a column a thread, several
-// threads a column for N up to 256; from the end, up to 32 lanes go along a row, as many as a chunk's rows leave. A
-// thread takes eight arcs at once (four in float64), their maximum before their exponentials, of which there is one an
-// arc and one more for these. M_t is subtracted where alpha is read, which saves a barrier. Cost a step, N^2 arcs: an
-// exponential, 2 maxima, 5 additions an arc, 4 (8 in float64) bytes read, and 16 N bytes; rows of more than 128 are cut
-// into tiles, where a sum goes on from tile to tile. Barriers a step: 1 and one a chunk of 10 KB: 2 for N up to 50
-// in float32, 8 for 128. The join reads N^2 arcs twice, one block a sequence.
+// Scores pass through shared memory (staging.h). From the front a column is a thread's, or several threads', each of
+// which takes ten arcs at once (four in float64; more for N over 64), their maximum before their exponentials, of which
+// there is one an arc and one more for these; up to four lanes put together what they have, while the other warps copy.
+// From the end, up to 32 lanes go along a row, as many as a chunk's rows leave. M_t is subtracted where alpha is read,
+// which saves a barrier. Cost a step, N^2 arcs: an exponential, 2 maxima, 5 additions an arc, 4 (8 in float64) bytes
+// read, and 16 N bytes; rows of more than 128 are cut into tiles, where a sum goes on from tile to tile. Barriers a
+// step: 1 and one a chunk of 10 KB: 2 for N up to 50 in float32, 8 for 128. The join reads N^2 arcs twice, one block a
+// sequence.
 // Limits: N at most HMM_CUDA_MOST_STATES_VARYING, T none. Shared memory within 48 KB. Compiled and executed on the CPU,
 // not timed.
 #include "log_space.h"

@@ -150,7 +150,7 @@ __device__ __forceinline__ Real combine(const Real *tops, const Real *sums, int 
   return c;
 }
 
-// log Z of a whole sequence, for thread 0: from the last frame's messages, its M and what has been taken out before that.
+// log Z of a whole sequence, for thread 0: from the last frame's messages, its M and what has been taken out before.
 template <class Real, bool Large>
 __device__ __forceinline__ double finish(const ForwardMemory<Real, Large> &held, int N, int64_t length, Real middle) {
   const int thread = threadIdx.x, warps = blockDim.x / kWarp;
@@ -221,7 +221,7 @@ __device__ __forceinline__ double forward_walk(const Tiling &o, unsigned char *m
 #pragma unroll 1
         for (int j = column; j < N; j += threads) top_c = fmax(top_c, q.initial[j]);
     } else if (FromEnd) top_c = sweep_rows(ring, q.arcs(t + 1), held.messages, middle, tops, sums, lanes);
-    else top_c = sweep_columns(ring, q.arcs(t), held.messages, middle, group, thread - group * o.states, tops, sums);
+    else top_c = sweep_columns(ring, q.arcs(t), held.messages, middle, group, thread - group * N, tops, sums);
     ahead = kAhead ? q.next_emission(t + kStep, at + kStep * N, column) : Real(0);
     frame.share(held.tops_frame, top_c);
     if (thread % kWarp == 0) held.tops_c[thread / kWarp] = top_c;

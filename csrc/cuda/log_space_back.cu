@@ -16,8 +16,9 @@
 // is found again from norm, since the one that is kept has the messages from behind it added. In chunks that begin
 // early: early_chunks.h.
 //
-// Scores pass through shared memory (staging.h). To the front up to 32 lanes go along a row, four rows at once; to the
-// end a column is a thread's, or several threads' for N up to 128, four arcs at once. Cost a step, N^2 arcs: an
+// Scores pass through shared memory (staging.h). To the front up to 32 lanes go along a row, seven rows at once (two in
+// float64), while to the end a column is a thread's, or several threads' for N up to 128, four arcs at once. What a
+// frame is known by is loaded a step ahead; the warps that have no column of it copy. Cost a step, N^2 arcs: an
 // exponential, 4 additions, a product, 4 bytes (8 in float64) read, as many written where edges are asked for. Barriers
 // a step: 1 and one a chunk of 10 KB: 2 for N up to 50 in float32, 8 for 128.
 // Limits: N at most HMM_CUDA_MOST_STATES_VARYING, T none. Shared memory within 48 KB. Compiled and executed on the CPU,

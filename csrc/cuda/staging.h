@@ -1,18 +1,19 @@
 // The N x N scores of the arcs of a step on their way through shared memory, and reductions over a block.
 //
 // Scores lie row after row, (N, N), and are gone through in tiles of columns (one, where a block has a thread a
-// column), a tile in chunks of rows, 10 KB at most each. There is a ring of four chunks: while one is computed, the next
-// two are being copied, across the steps, since no score depends on a message. A chunk comes in pieces of 16
-// bytes wherever these lie whole in it, whatever N and the alignment: it is put into its slot as far from a multiple of
-// 16 as it is in global memory, and only its ends are copied number by number. One barrier a chunk, behind which
-// it has arrived for all threads. Before it, the slot of the chunk but one before is filled again, which all have read
-// since the last barrier but one: by the threads that would wait there, while others have something to do.
+// column), a tile in chunks of rows, 10 KB at most each. There is a ring of four: while one is computed, the next two
+// are being copied, across the steps, since no score depends on a message. A chunk comes in pieces of 16 bytes
+// wherever these lie whole in it, whatever N and the alignment: it is put into its slot as far from a multiple of 16 as
+// it is in global memory, and only its ends are copied number by number. One barrier a chunk, behind which it has
+// arrived for all threads. Before it, the slot of the chunk before the last one is filled again, which all have read
+// since the barrier before: by the threads that would wait there while others have something to do.
 #pragma once
 #include "device.h"
 
 namespace hmm {
 
-constexpr int kSharers = 4, kShare = 3;  // neighbours at most that put together what groups have, of which each takes so many
+// Adjacent threads, at most, that put together what the groups of a column have, and how many groups each takes.
+constexpr int kSharers = 4, kShare = 3;
 constexpr int kStages = 4, kChunk = 10240;  // bytes at most: all of a step of 50 states in float32
 constexpr int kMostThreads = 512,
               kTile = 256;  // threads of a block that has whole rows; columns and threads of one that has tiles
@@ -40,21 +41,21 @@ struct Tiling {
   int rows, chunks,
       pitch;  // rows of a chunk; chunks of a tile; from one row of a slot to the next, 0 where rows are whole
   int slot;
-  int sharers_log2;  // of the adjacent threads that put together what a column's groups have, at most as many
+  int sharers_log2;  // of adjacent threads that put groups together
 };
-// The first of a block's threads that have nothing to finish, where `busy` have, and copy scores meanwhile: whole warps;
-// 0, so that all do, where these are few.
+// The first of a block's threads that have nothing to finish, where `busy` have, and copy scores meanwhile: whole
+// warps; 0, so that all do, where these are few.
 __device__ __forceinline__ int first_copier(int busy) {
   busy = (busy + kWarp - 1) / kWarp * kWarp;
   return busy + 4 * kWarp > int(blockDim.x) ? 0 : busy;
 }
 
-// Arcs of a column, and rows, that a thread takes at once. Blocks have as many threads as leave it no more: with others,
-// what each warp does in a step beside its arcs would take longer than these.
+// Arcs of a column, and rows, that a thread takes at once. Blocks have as many threads as leave it no more, if they may
+// have so many: with others, what each warp does in a step beside its arcs would take longer than these.
 template <class Real> constexpr int kArcsAtOnce = sizeof(Real) == 4 ? 10 : 4;
 template <class Real> constexpr int kRowsAtOnce = sizeof(Real) == 4 ? 7 : 2;
 template <class Real> int threads_of_columns(int64_t N, int most) {
-  return int(min(int64_t(most), N * ((N - 1) / kArcsAtOnce<Real> + 1)));
+  return int(N * min(most / N, (N - 1) / kArcsAtOnce<Real> + 1));
 }
 template <class Real> int threads_of_rows(int64_t N, int most) {
   int64_t lanes = 1;  // along a row
@@ -62,7 +63,8 @@ template <class Real> int threads_of_rows(int64_t N, int most) {
   return int(max(int64_t(kWarp), min(int64_t(most), lanes * ((N - 1) / kRowsAtOnce<Real> + 1))));
 }
 
-// Whole rows where N is at most most_width, and `threads` or a few more or less; else tiles of `width` columns. `fixed`: bytes of shared memory that the kernel needs beside the ring.
+// Whole rows where N is at most most_width, else tiles of `width` columns; whole warps of `threads`. `fixed`: bytes of
+// shared memory that the kernel needs beside the ring.
 template <class Real> Tiling tiling_of(int64_t states, int threads, int most_width, int width, size_t fixed) {
   constexpr int V = 16 / int(sizeof(Real));
   const int N = int(states);
@@ -72,7 +74,7 @@ template <class Real> Tiling tiling_of(int64_t states, int threads, int most_wid
   o.width = tiled ? width : N;
   o.tiles = (N + o.width - 1) / o.width;
   o.groups = tiled ? 1 : max(1, min(min(N, kSharers * kShare), threads / N));
-  o.threads = tiled ? threads : (o.groups * N + kWarp - 1) / kWarp * kWarp;
+  o.threads = (threads + kWarp - 1) / kWarp * kWarp;
   o.pitch = tiled ? (o.width + 2 * V - 2) / V * V : 0;
   const int left = (48 * 1024 - int(fixed)) / kStages / int(sizeof(Real)) - V;
   int most = max(1, min(N, min(kChunk / int(sizeof(Real)), left) / (tiled ? o.pitch : N)));
@@ -279,14 +281,14 @@ template <class Real> struct Sequence {
   __device__ __forceinline__ const Real *arcs(int64_t t) const { return transition + (t - 1) * stride; }
 };
 
-// What a thread holds of a frame's scores besides those of arcs: of its columns, threadIdx.x and on in steps of a
+// What a thread holds of a frame's scores besides those of arcs: of its columns, the first one and on in steps of a
 // block. Emissions, and at the end final scores; the last column's are kept, which are all where there is no second.
 template <class Real> struct Frame {
   const Real *emission, *final;  // null for none
   Real e, f, top_e, top_f;       // the largest of these columns, then of all
 
-  // `at`: t states. Of the thread's columns the first is `column`. `ahead`: its emission, where it is the only one (`alone`): what
-  // next_emission gave a frame ago.
+  // `at`: t states. Of the thread's columns the first is `column`. `ahead`: its emission, where it is the only one
+  // (`alone`): what next_emission gave a frame ago.
   __device__ __forceinline__ Frame(const Sequence<Real> &q, int64_t t, int64_t at, int column, bool alone, Real ahead)
       : emission(q.emission ? q.emission + at : nullptr), final(t == q.length - 1 ? q.final : nullptr) {
     e = f = top_e = top_f = negative_infinity<Real>();

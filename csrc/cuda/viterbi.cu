@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(Tiled ? kTile : kMostThreads, kBlocks<Real>)
     if (thread % kWarp == 0) held.tops_delta[warp] = largest;
     const bool last = t + 1 == q.length;
     if (last) __syncthreads();
-    else ring.arrive();
+    else ring.arrive(first_copier(N));
     if (Tiled) {
       Real *const old = held.messages;
       held.messages = held.next, held.next = old;

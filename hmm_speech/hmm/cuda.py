@@ -36,14 +36,14 @@ _WIDE_FROM = 129
 # Beyond, a step of steps.cu is bound by the bytes of its arcs, not by launches: 64 MB at 4,096 states, 30 us at 2 TB/s.
 # From both ends these are read twice, once a half, and nothing is won; up to here, N^2 more numbers are the price.
 _BOTH_ENDS_TO = 2048
-# Where transitions vary over time (log_space.cu), a step is a chain of 1.6 us or more, or reads its arcs as fast; the
+# Where transitions vary over time (log_space.cu), a step is a chain of 1.1 us or more, or reads its arcs as fast; the
 # halves meet in one launch more, which reads all arcs of a step twice.
-_VARYING_STEP, _LAUNCH = 1.6, 3.0
+_VARYING_STEP, _LAUNCH = 1.1, 3.0
 # In chunks (transfer.cu), a frame of a matrix comes to the steps of the walks: 3,900 cycles or more for 50 states, N^3
 # products, at least what barriers and exponentials take. From chunk to chunk messages are handed on in some 1,450;
-# four launches are more. Two chunks on one multiprocessor, whose shared memory holds both, are put at 1.35 of one.
+# four launches are more. Two chunks on one multiprocessor, whose shared memory holds both, are put at 1.6 of one.
 _MATRIX_FRAME, _LEAST_MATRIX_FRAME, _BRIDGE = 2.2, 0.6, 0.9
-_CHUNK_STATES, _BESIDE, _TWO_MATRICES = 64, 1.35, 112 * 1024
+_CHUNK_STATES, _BESIDE, _TWO_MATRICES = 64, 1.6, 112 * 1024
 
 
 def walk_both_ends(time: int, num_states: int, in_steps: bool) -> bool:
@@ -59,7 +59,7 @@ def walk_varying_from_both_ends(batch: int, time: int, num_states: int, multipro
     """The same where transitions vary over time: as long as each half has a multiprocessor of its own.
 
     Of T - 1 steps a pass T / 2 are saved, but for one of the backward pass, where both halves take the arcs that they
-    meet at. With more sequences, a multiprocessor takes two whole ones in the time of one, but not four halves."""
+    meet at. With more sequences, a multiprocessor takes two whole ones at once, but one half after the other."""
     arcs = num_states**2 * _JOINED_ARC
     saved = (2 * (time // 2) - 1) * max(_VARYING_STEP, arcs)
     return 2 * batch <= multiprocessors and saved > _LAUNCH + 2 * arcs

@@ -203,11 +203,11 @@ def test_what_chunks_save():
         memory = multiprocessors * rate
         return cuda.early_varying_chunks(batch, time, states, dtype, multiprocessors, memory, both_ends)
 
-    assert chosen(8, 3000, 128) == (300, 128) and chosen(8, 1000, 128) == (100, 62)  # H100
+    assert chosen(8, 3000, 128) == (375, 128) and chosen(8, 1000, 128) == (125, 62)  # H100
     assert chosen(8, 3000, 50, torch.float64) == (188, 256) and chosen(8, 200, 128) == (0, 0)
-    assert chosen(8, 200, 128, both_ends=False) == (20, 32)  # for samples
+    assert chosen(8, 200, 128, both_ends=False) == (25, 32)  # for samples
     assert chosen(8, 3000, 128, multiprocessors=68, rate=8e3) == (0, 0)  # memory is what both ends wait for
-    assert chosen(1, 3000, 128, multiprocessors=68, rate=8e3) == (231, 128)
+    assert chosen(1, 3000, 128, multiprocessors=68, rate=8e3) == (273, 128)
     assert chosen(66, 3000, 128) == (0, 0) and chosen(1, 30, 128) == (0, 0)
     assert not any(any(chosen(*shape, 50)) for shape in ((0, 100), (0, 3000), (1, 0), (1, 1), (1, 2), (1000, 1000)))
 
