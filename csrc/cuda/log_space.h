@@ -239,7 +239,8 @@ __device__ __forceinline__ double forward_walk(const Tiling &o, unsigned char *m
     Real largest = negative_infinity<Real>();
     const int first_of_warp = (thread & -kWarp) >> sharers_log2;
 #pragma unroll 1
-    for (int n = 0; first_of_warp + n < N; n += threads) {  // a warp's lanes all or none
+    for (int n = 0; first_of_warp + n < N; n += threads) {  // a warp's lanes all or none, where these share columns
+      if (!kAhead && column + n >= N) break;
       const int j = min(column + n, N - 1);
       Real c, log_sum = 0;
       if (begins) c = FromEnd ? Real(0) : q.initial[j];
