@@ -123,7 +123,7 @@ template <class Real, bool Tiled> struct Ring {
     arcs = first, stride = to_next, left = steps;
     tile = chunk = filled = 0, used = -1;
 #pragma unroll 1
-    for (int stage = 0; stage < kStages - 2 + (HMM_MUTATION == 62); stage++) fill(0);
+    for (int stage = 0; stage < kStages - 2; stage++) fill(0);
   }
 
   // The next chunk is here behind this. Reached by all threads: a barrier. Those from `copiers` on copy; the others,
@@ -175,7 +175,7 @@ template <class Real, bool Tiled> struct Ring {
     const Real *from = arcs + int64_t(c.row) * o.states + c.column;
     const int length = Tiled ? c.columns : c.rows * o.states, runs = Tiled ? c.rows : 1;
     const int pieces = (length + 2 * V - 2) / V;  // of a run, wherever it begins
-    const int stride = int(blockDim.x) - first, mine = int(threadIdx.x) - first;
+    const int stride = int(blockDim.x) - (HMM_MUTATION == 62 ? 0 : first), mine = int(threadIdx.x) - first;
 #pragma unroll 1
     for (int all = mine; mine >= 0 && all < runs * pieces; all += kPieces * stride) {
       Piece whole[kPieces];

@@ -131,7 +131,7 @@ NOTICED_BY = {
     59: ("address", "exercise_early_varying"),  # and posteriors
     60: ("thread", "exercise_early_varying"),  # posteriors put where another chunk does
     61: ("thread", "exercise_early_varying"),  # a barrier removed, where what chunks come to is added up
-    62: ("thread", "exercise_log_space"),  # scores copied to where others are still read
+    62: ("address", "exercise_log_space"),  # scores that no warp copies: wrong numbers
 }
 
 

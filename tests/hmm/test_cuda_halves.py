@@ -8,7 +8,7 @@ from tests.hmm.problems import INF, problem
 from tests.hmm.test_cuda_kernels import BOTH_ENDS, compare
 
 LOG_SPACE = 2  # enum hmm_method
-SHAPES = ((4, 1), (5, 2), (6, 3), (9, 17), (8, 32), (7, 50), (5, 64), (6, 127), (7, 128))
+SHAPES = ((4, 1), (5, 2), (6, 3), (9, 17), (8, 32), (7, 50), (9, 64), (6, 127), (7, 128))
 
 
 def varying(batch, time, states, seed, dtype, **options):

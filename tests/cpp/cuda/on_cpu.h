@@ -7,7 +7,8 @@
 //   - Threads that meet at different barriers or warp operations, or leave while others wait, abort with both lines.
 //   - Shared memory begins as NaN, with red zones between the carved arrays; carving more than the launch gave aborts.
 //   - copy_async copies as late as the waits allow; a copy that is never waited for aborts.
-//   - HMM_SCHEDULE=n (n > 0) resumes threads in a random order, n being the seed; 0 or unset, by index.
+//   - HMM_SCHEDULE=n (n > 0) resumes threads in a random order, n being the seed, and does every other copy at once as
+//     well, where others may still read; 0 or unset, by index.
 //   - on_cpu::shared_memory_limit and multiprocessors are those of the device to be imitated.
 //   - HMM_LAUNCHES names a file to which every launch adds its kernel's place in this program, and its shared memory.
 //
