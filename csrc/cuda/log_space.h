@@ -126,7 +126,7 @@ __device__ __forceinline__ Real sweep_rows(Ring<Real, Tiled> &ring, const Real *
 }
 
 // The groups' sums of state j together: c_t(j) and the logarithm of the sum, 0 where that is of nothing. Of `sharers`
-// lanes this one takes group `first`, first + sharers, ..., at most four; all of a warp are here if there are more.
+// lanes this one takes group `first`, first + sharers, ..., at most kShare; all of a warp are here if there are more.
 template <class Real>
 __device__ __forceinline__ Real combine(const Real *tops, const Real *sums, int groups, int N, int j, int first,
                                         int sharers, Real &log_sum) {
