@@ -30,9 +30,6 @@ void AnnotateIgnoreReadsEnd(const char *, int);
 void AnnotateIgnoreWritesBegin(const char *, int);
 void AnnotateIgnoreWritesEnd(const char *, int);
 }
-#define ON_CPU_UNSEEN __attribute__((no_sanitize("thread"), noinline))
-#else
-#define ON_CPU_UNSEEN __attribute__((noinline))
 #endif
 
 namespace on_cpu {
@@ -129,7 +126,7 @@ __attribute__((naked, noinline, used)) void switch_stacks(void ** /*from*/, void
       "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret\n");
 }
 
-ON_CPU_UNSEEN void to_scheduler() {
+void to_scheduler() {
   Fiber *f = &running();
 #ifdef __SANITIZE_ADDRESS__
   void **fake = f->state == Fiber::Ended ? nullptr : &f->fake_stack;
@@ -144,7 +141,7 @@ ON_CPU_UNSEEN void to_scheduler() {
 #endif
 }
 
-ON_CPU_UNSEEN void resume(Fiber &f) {
+void resume(Fiber &f) {
   current = &f;
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_start_switch_fiber(&scheduler_fake_stack, f.stack, kStack);
@@ -159,7 +156,7 @@ ON_CPU_UNSEEN void resume(Fiber &f) {
   current = nullptr;
 }
 
-ON_CPU_UNSEEN void fiber_main() {
+void fiber_main() {
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
 #endif
@@ -178,7 +175,7 @@ ON_CPU_UNSEEN void fiber_main() {
 }
 
 // Waits until `expected` threads have come to this meeting; returns the round's number.
-ON_CPU_UNSEEN uint64_t meet(Meeting &m, unsigned expected, bool orders_memory, const char *what, int line) {
+uint64_t meet(Meeting &m, unsigned expected, bool orders_memory, const char *what, int line) {
   const uint64_t round = m.round;
   if (!m.arrived) m.line = line;
   else if (m.line != line) fail("%s of lines %d and %d meet", what, m.line, line);
@@ -194,7 +191,7 @@ ON_CPU_UNSEEN uint64_t meet(Meeting &m, unsigned expected, bool orders_memory, c
 }
 
 // What the lanes of a mask have given, by lane, once all have.
-ON_CPU_UNSEEN const uint64_t *meet_lanes(unsigned mask, uint64_t value, bool orders_memory, int line) {
+const uint64_t *meet_lanes(unsigned mask, uint64_t value, bool orders_memory, int line) {
   Fiber &f = running();
   if (!(mask >> f.lane & 1)) fail("lane %u, line %d: the mask is without it", f.lane, line);
   if (!f.met || f.mask != mask) f.met = &f.of->warps[{f.number / 32, mask}], f.mask = mask;
