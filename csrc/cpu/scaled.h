@@ -165,13 +165,17 @@ HMM_INLINE void forward_columns(const Panels<Real> &panels, bool mixing, int64_t
 template <int M, class Real>
 void forward_step(const Panels<Real> &panels, bool mixing, const Real *const *previous, const Real *const *w,
                   Real *const *out, double *total, bool *flag) {
-  constexpr int W = kLanes<Real>, B = kVectors<M>;
+  constexpr int W = kLanes<Real>, R = kRows<M>, B = kVectors<R>;
   Vec<Real> sum[M];
   for (int m = 0; m < M; m++) sum[m] = Vec<Real>{};
   int64_t j = panels.span.begin;
   const int64_t end = panels.span.end;
-  for (; end - j > (B - 1) * W; j += B * W) forward_columns<M, B>(panels, mixing, j, previous, w, out, sum, flag);
-  for (; j < end; j += W) forward_columns<M, 1>(panels, mixing, j, previous, w, out, sum, flag);
+  for (; end - j > (B - 1) * W; j += B * W)
+    for (int m = 0; m < M; m += R)
+      forward_columns<R, B>(panels, mixing, j, previous + m, w + m, out + m, sum + m, flag + m);
+  for (; j < end; j += W)
+    for (int m = 0; m < M; m += R)
+      forward_columns<R, 1>(panels, mixing, j, previous + m, w + m, out + m, sum + m, flag + m);
   for (int m = 0; m < M; m++) total[m] = double(sum_of<Real>(sum[m]));
 }
 
@@ -207,15 +211,17 @@ template <class Real> int rescale(Real *message, double &total, int64_t N) {
 // out[m] = A u[m] for M sequences; the panels hold A transposed.
 template <int M, class Real>
 HMM_APART void backward_step(const Panels<Real> &panels, const Real *const *u, Real *const *out) {
-  constexpr int W = kLanes<Real>, B = kVectors<M>;
+  constexpr int W = kLanes<Real>, R = kRows<M>, B = kVectors<R>;
   auto columns = [&](auto width, int64_t i0) {
     constexpr int b = decltype(width)::value;
-    Vec<Real> acc[M][b];
-    product<M, b, Real>(u, panels.from(i0), panels.depth, acc);
+    for (int m0 = 0; m0 < M; m0 += R) {
+      Vec<Real> acc[R][b];
+      product<R, b, Real>(u + m0, panels.from(i0), panels.depth, acc);
 #pragma GCC unroll 16
-    for (int m = 0; m < M; m++)
+      for (int m = 0; m < R; m++)
 #pragma GCC unroll 16
-      for (int v = 0; v < b; v++) store(out[m] + i0 + v * W, acc[m][v]);
+        for (int v = 0; v < b; v++) store(out[m0 + m] + i0 + v * W, acc[m][v]);
+    }
   };
   int64_t i = panels.span.begin;
   for (; panels.span.end - i > (B - 1) * W; i += B * W) columns(Width<B>{}, i);

@@ -67,15 +67,20 @@ constexpr int kTopBits = 30, kLowestTopBits = 18;
 // Halves must meet in 2^-65 N^2 (float): see (joined).
 template <class Real> constexpr int kLeastJoinedBits = Range<Real>::kSmallestBits + kTopBits + 1 + Range<Real>::kPrecision + 6;
 
-// A panel of packed columns is as wide as a product of 8 rows takes: 16 accumulators of 32 registers, 8 of 16. Products of
-// fewer rows read two panels side by side. (In panels of twice the width, 8 rows read every other line: at N = 2048, where a
-// panel leaves the second cache before its other half is read, that took 1.5 times as long.)
+// Rows that a product takes at once: with two vectors of columns 16 accumulators of 32 registers, 8 of 16. More rows follow
+// while the columns are in cache. (8 rows by one vector read nine numbers for eight products, where six do: of 16 registers
+// that took 1.05 times as long at N = 50, 1.3 at 256 and more.)
 #if defined(__AVX512F__)
-constexpr int kPanelVectors = 2;
+constexpr int kMostRows = 8;
 #else
-constexpr int kPanelVectors = 1;
+constexpr int kMostRows = 4;
 #endif
-template <int M> constexpr int kVectors = M > 4 ? kPanelVectors : 2 * kPanelVectors;  // of columns, beside M rows
+template <int M> constexpr int kRows = M < kMostRows ? M : kMostRows;
+template <int M> constexpr int kVectors = M < kMostRows ? 4 : 2;  // of columns, beside M rows
+// A panel of packed columns is as wide as a product of the most rows takes; one of fewer reads two side by side. (In panels of
+// twice the width, it would read every other line: at N = 2048, where a panel leaves the second cache before its other half
+// is read, that took 1.5 times as long.)
+constexpr int kPanelVectors = 2;
 template <class Real> constexpr int kPanel = kPanelVectors * kLanes<Real>;
 
 template <int B> struct Width {

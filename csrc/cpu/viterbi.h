@@ -50,15 +50,17 @@ HMM_INLINE void max_product(const Real *const *x, const Real *packed, int64_t K,
 // out[m](j) = max_i (previous[m](i) + phi(i, j)) for M sequences.
 template <int M, class Real>
 void max_step(const MaxArcs<Real> &arcs, const Real *const *previous, Real *const *out) {
-  constexpr int W = kLanes<Real>, B = kVectors<M>;
+  constexpr int W = kLanes<Real>, R = kRows<M>, B = kVectors<R>;
   auto columns = [&](auto width, int64_t j0) {
     constexpr int b = decltype(width)::value;
-    Vec<Real> acc[M][b];
-    max_product<M, b, Real>(previous, arcs.from(j0), arcs.N, acc);
+    for (int m0 = 0; m0 < M; m0 += R) {
+      Vec<Real> acc[R][b];
+      max_product<R, b, Real>(previous + m0, arcs.from(j0), arcs.N, acc);
 #pragma GCC unroll 16
-    for (int m = 0; m < M; m++)
+      for (int m = 0; m < R; m++)
 #pragma GCC unroll 16
-      for (int v = 0; v < b; v++) store(out[m] + j0 + v * W, acc[m][v]);
+        for (int v = 0; v < b; v++) store(out[m0 + m] + j0 + v * W, acc[m][v]);
+    }
   };
   int64_t j = 0;
   for (; arcs.N - j > (B - 1) * W; j += B * W) columns(Width<B>{}, j);

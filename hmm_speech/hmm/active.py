@@ -98,7 +98,7 @@ class ActiveChain(Chain):
         ones = torch.ones(self.batch, dtype=self.initial.dtype, device=self.initial.device)
         with torch.no_grad():
             _, *messages = torch.ops.hmm_speech.active_forward(*self.scores)
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self.scores):
+        if ops.tracked(self.scores):
             return ActivePosterior.apply(ones, *self.scores, edges, *messages)
         return torch.ops.hmm_speech.active_backward(ones, *self.scores, *messages, edges)
 

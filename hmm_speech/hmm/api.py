@@ -242,7 +242,7 @@ class HMM:
 
     def _differentiable(self, score: Tensor, states: Tensor) -> Tensor:
         """`score` (B,) of the best paths, as autograd sees it."""
-        if not torch.is_grad_enabled():
+        if not self._chain.tracked():
             return score
         along = self._chain.path_score(states)
         return torch.where(score.isfinite(), along, score) if along.requires_grad else score

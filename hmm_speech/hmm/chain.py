@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import structures
+from . import checks, ops, structures
 from .structures import Active, Banded, Chunked, LowRank, Transition
 
 if TYPE_CHECKING:
@@ -84,6 +84,12 @@ class Chain:
     def scaled(self, factor: float) -> Chain:
         """The chain whose every score is `factor` times this one's."""
         return self.map(lambda x: x * factor)
+
+    def tracked(self) -> bool:
+        """Whether autograd follows what is computed of the scores. Of a function's, nobody knows before it is called."""
+        scores = checks.score_tensors(self.initial, self.transition, self.emission, self.final)
+        unknown = torch.is_grad_enabled() and isinstance(self.transition, Chunked)
+        return unknown or ops.tracked(scores.values())
 
     def path_score(self, states: Tensor) -> Tensor:
         """Scores of paths (B, T), summed in float64; states are clamped: what is past the end may hold anything."""

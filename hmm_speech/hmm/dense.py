@@ -69,6 +69,6 @@ class DenseChain(Chain):
                 messages = torch.ops.hmm_speech.forward(*scores)
             return ops.Posterior.apply(ones, *scores, edges, *messages)
         state, edge = ops.posterior(ones, *scores, edges)
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in scores):
+        if ops.tracked(scores):
             return state, edge
         return state.detach(), edge.detach()

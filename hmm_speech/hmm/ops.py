@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -298,6 +299,11 @@ def through_reference(ctx, twin, upstream: tuple[Tensor, ...]) -> tuple[Tensor |
     for k, gradient in zip(wanted, found, strict=True):
         gradients[k] = gradient
     return tuple(gradients)
+
+
+def tracked(scores: Iterable[Tensor | None]) -> bool:
+    """Whether autograd follows what is computed of these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in scores)
 
 
 def own(x: Tensor | None) -> Tensor | None:

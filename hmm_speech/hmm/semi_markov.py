@@ -10,6 +10,7 @@ from torch import Tensor
 from . import checks, semi_markov_ops
 from . import semi_markov_reference as reference
 from .library import use_native
+from .ops import tracked
 
 
 class Segmentation(NamedTuple):
@@ -108,7 +109,7 @@ class SemiMarkovHMM:
 
     @property
     def _tracked(self) -> bool:
-        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self._scores)
+        return tracked(self._scores)
 
     def log_partition(self) -> Tensor:
         r""":math:`\log Z`, the log of the sum over segmentations of exp(score), (B,).

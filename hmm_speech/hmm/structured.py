@@ -73,5 +73,4 @@ def reference_posterior(scores: tuple, step, edges: bool) -> tuple[Tensor, Tenso
     initial, _, emission, _, _ = scores
     ones = torch.ones(emission.shape[0], dtype=initial.dtype, device=initial.device)
     state, edge = ops.posterior(ones, *scores, edges, step)
-    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in scores)
-    return (state, edge) if wanted else (state.detach(), edge.detach())
+    return (state, edge) if ops.tracked(scores) else (state.detach(), edge.detach())
