@@ -8,8 +8,8 @@
 namespace {
 
 template <class Real> struct Counts {
-  static constexpr int kRows = 8, kColumns = kPanel<Real>;  // of the register tile
-  static constexpr int kDepth = 256;                                           // frames a block
+  static constexpr int kRows = kMostRows, kColumns = kPanel<Real>;  // of the register tile
+  static constexpr int kDepth = 256;                                // frames a block
   const int64_t N, padded;
   const Real grad_scale;  // a power of two that brings the largest |grad| near 1, so that products stay in range
   Scratch<Real> sum, left, right;  // left and right: panels of a tile's rows and columns, a slot a row
