@@ -34,6 +34,7 @@ HMM_INLINE void max_product(const Real *const *x, const Real *packed, int64_t K,
   const Real *row[M];
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++) row[m] = x[m];
+#pragma GCC unroll 2
   for (int64_t k = 0; k < K; k++) {
     Vec<Real> a[B];
 #pragma GCC unroll 16
