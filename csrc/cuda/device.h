@@ -118,19 +118,23 @@ template <class T> __host__ __device__ constexpr size_t carved(int64_t n) {
   return size_t(n * int64_t(sizeof(T)) + 15) / 16 * 16;
 }
 
-// 16 bytes on their way from global to shared memory. Before sm_80 they wait in registers between take and put, so that
-// several come at once.
-struct Piece {
+// A Piece is 16 bytes on their way from global to shared memory. Before sm_80 they wait in registers between take and put,
+// so that several come at once.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kFromAmpere = false;
+struct Piece {
   float4 held;
   __device__ __forceinline__ void take(const void *global) { held = *static_cast<const float4 *>(global); }
   __device__ __forceinline__ void put(void *shared) const { *static_cast<float4 *>(shared) = held; }
+};
 #else
+constexpr bool kFromAmpere = true;
+struct Piece {
   const void *from;
   __device__ __forceinline__ void take(const void *global) { from = global; }
   __device__ __forceinline__ void put(void *shared) const { copy_async<16>(shared, from); }
-#endif
 };
+#endif
 
 template <class Real> __device__ __forceinline__ Real warp_sum(Real x) {
 #pragma unroll
@@ -139,11 +143,7 @@ template <class Real> __device__ __forceinline__ Real warp_sum(Real x) {
 }
 
 // From sm_80 on the lanes of a warp find their largest integer in one instruction; numbers take five shuffles.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-template <class Real> constexpr bool kComparesIntegers = false;
-#else
-template <class Real> constexpr bool kComparesIntegers = sizeof(Real) == 4;
-#endif
+template <class Real> constexpr bool kComparesIntegers = kFromAmpere && sizeof(Real) == 4;
 // Numbers as integers in the same order, +0 above -0, and NaN where the caller wants it.
 __device__ __forceinline__ int ordered(float x, int nan) {
   const int bits = __float_as_int(x);

@@ -21,17 +21,12 @@ constexpr int kMostThreads = 512,
 template <class Real> constexpr int kForwardThreads = sizeof(Real) == 4 ? kMostThreads : 384;
 // Pieces of 16 bytes that a thread copies at once, and blocks that registers must leave room for: on sm_75, 45 KB of
 // shared memory let a multiprocessor have one.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr int kPieces = 5;
-template <class Real> constexpr int kBlocks = 1;
-#else
 #ifdef HMM_ON_CPU
-constexpr int kPieces = 5;
+constexpr int kPieces = 5;  // the longer way
 #else
-constexpr int kPieces = 1;
+constexpr int kPieces = kFromAmpere ? 1 : 5;
 #endif
-template <class Real> constexpr int kBlocks = sizeof(Real) == 4 ? 2 : 1;
-#endif
+template <class Real> constexpr int kBlocks = kFromAmpere && sizeof(Real) == 4 ? 2 : 1;
 
 // Sizes in numbers, not bytes.
 struct Tiling {
@@ -302,10 +297,18 @@ template <class Real> struct Frame {
       if (final) top_f = fmax(top_f, f = final[j]);
     }
   }
-  // Before a barrier, with a maximum of the caller's over a warp, and behind it. `scratch` has two numbers a warp.
+  // Before a barrier, with a maximum of the caller's over a warp or without, and behind it. `scratch` has two numbers a
+  // warp.
   __device__ __forceinline__ void share(Real *scratch, Real &other) {
-    const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
     warp_max_of_both(top_e, other);
+    share_warps(scratch);
+  }
+  __device__ __forceinline__ void share(Real *scratch) {
+    top_e = warp_max(top_e);
+    share_warps(scratch);
+  }
+  __device__ __forceinline__ void share_warps(Real *scratch) {
+    const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
     if (final) top_f = warp_max(top_f);
     if (threadIdx.x % kWarp == 0) scratch[warp] = top_e, scratch[warps + warp] = top_f;
   }

@@ -167,10 +167,12 @@ __global__ void __launch_bounds__(Tiled ? kTile : kMostThreads, kBlocks<Real>)
     ahead = Tiled ? Real(0) : q.next_emission(t + 1, (t + 1) * N, thread);
     Real top = negative_infinity<Real>(), largest = top;
     if (t > 0) sweep(ring, q.arcs(t), middle, held, pointers + t * N);
-    else
+    else {
       for (int j = thread; j < N; j += threads) top = fmax(top, q.initial[j]);
-    frame.share(held.tops_frame, top);
-    if (thread % kWarp == 0) held.tops_initial[warp] = top;
+      top = warp_max(top);
+      if (thread % kWarp == 0) held.tops_initial[warp] = top;
+    }
+    frame.share(held.tops_frame);
     __syncthreads();
     frame.gather(held.tops_frame);
     top = t == 0 ? or_zero(largest_of(held.tops_initial, warps)) : Real(0);
