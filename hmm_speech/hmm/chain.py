@@ -86,7 +86,7 @@ class Chain:
         return self.map(lambda x: x * factor)
 
     def tracked(self) -> bool:
-        """Whether autograd follows what is computed of the scores. Of a function's, nobody knows before it is called."""
+        """Whether autograd follows what is computed of the scores. Of a function's: maybe."""
         scores = checks.score_tensors(self.initial, self.transition, self.emission, self.final)
         unknown = torch.is_grad_enabled() and isinstance(self.transition, Chunked)
         return unknown or ops.tracked(scores.values())

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hmm_speech.hmm import HMM, use_backend
+from hmm_speech.hmm.chain import Chain
 from tests.hmm.problems import INF, KINDS, doubled, problem
 
 DTYPES = (torch.float32, torch.float64)
@@ -168,3 +169,18 @@ def test_the_score_of_a_long_chain_keeps_its_precision():
     exact = HMM(**doubled(arguments)).viterbi().score
     torch.testing.assert_close(HMM(**arguments).viterbi().score.double(), exact, rtol=1e-6, atol=0)
     torch.testing.assert_close(HMM(**arguments).topk(2).score[0].double(), exact, rtol=1e-6, atol=0)
+
+
+def test_scores_are_looked_up_along_the_path_where_autograd_asks_for_it_and_only_there(monkeypatch):
+    looked_up, path_score = [], Chain.path_score
+    monkeypatch.setattr(
+        Chain, "path_score", lambda chain, states: looked_up.append(states) or path_score(chain, states)
+    )
+    arguments = problem(2, 9, 4, "shared", 0, torch.float32)
+    for wanted in (False, True):
+        arguments["emission"].requires_grad_(wanted)
+        hmm = HMM(**arguments)
+        with torch.no_grad():
+            assert not hmm.viterbi().score.requires_grad and not hmm.topk(2).score.requires_grad
+        assert not looked_up
+        assert hmm.viterbi().score.requires_grad == hmm.topk(2).score.requires_grad == wanted == bool(looked_up)
