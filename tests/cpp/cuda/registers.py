@@ -91,7 +91,8 @@ def of(source: Path) -> list[Kernel]:
     """All kernels of a file, which is compiled for every architecture; no warning is let through."""
     with tempfile.TemporaryDirectory() as folder:
         code = [f"-gencode=arch=compute_{a},code=[{','.join(f'sm_{x}' for x in real)}]" for a, real in PTX.items()]
-        said = _nvcc(*code, "-Xptxas", "-v", "-c", source, "-o", f"{folder}/object.o", "--keep", "--keep-dir", folder)
+        # Without the half that runs on the CPU, whose compilation is the installation's.
+        said = _nvcc(*code, "-Xptxas", "-v", "-fatbin", source, "-o", f"{folder}/made", "--keep", "--keep-dir", folder)
         bounds = dict(pair for ptx in Path(folder).glob("*.ptx") for pair in _BOUNDS.findall(ptx.read_text()))
     threads = {_plain(name): int(count) for name, count in bounds.items()}
     found = []
