@@ -10,9 +10,9 @@
 // Cost a frame: for each state and block a sum and a comparison, N^2 / 32 numbers for float with 8 lanes, and an addition and a
 // maximum for the arcs that are left, which depends on the scores. Where a third of the arcs is left or more, the full product of
 // several sequences (max_step of viterbi.h), which reads arcs once for all of them, takes over for 64 steps. Measured on one
-// core of an EPYC (Zen 3, AVX2), float, B = 8, us a frame and sequence by this / by full products, for scores that are normal
-// numbers and for a trained model's like (stays of .9 and more, emissions ten times as far apart):
-//   N = 128 1.2 / 1.2 and 0.8 / 1.2;  256 2.8 / 3.4 and 1.9 / 3.9;  512 10 / 12 and 4.3 / 14;  1024 34 / 58 and 14 / 61.
+// core of an EPYC (Zen 3, AVX2), float, B = 8, T = 1000, us a frame and sequence by this / by full products, least of a dozen
+// rounds and more, for scores that are normal numbers and for a trained model's like (stays, emissions ten times as far apart):
+//   N = 128 .64 / .64 and .38 / .64;  256 2.2 / 2.1 and 1.0 / 2.1;  512 7.0 / 8.2 and 2.4 / 8.3;  1024 21 / 29 and 6.3 / 29.
 // Without emissions, where most arcs are left, a step in 65 is lost: at most .08 more.
 #pragma once
 #include "max_arcs.h"
