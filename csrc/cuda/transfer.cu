@@ -7,13 +7,14 @@
 // those into the last frame of chunk c - 1 from behind, and log Z. With log a_c and log f_c in place of what comes
 // before and behind it, chunk c is a chain of its own, which log_space.cu and log_space_back.cu walk as any other.
 //
-// A block a chunk; 16 x 16 threads or fewer hold 4 x 4 numbers of M each. The arcs of the next frame come to their
-// registers while those of this one are multiplied. Rows are brought back to 2^90 every fourth frame, by what their
-// largest was a frame before: powers of 2 are exact.
+// A block a chunk, of 256 threads or fewer, that hold 3 x 4 numbers of M each, of more than 52 states 4 x 4: so the 7
+// warps of N = 50 have as many products each as the 8 of N = 64. The arcs of the next frame come to their registers
+// while those of this one are multiplied. Rows are brought back to 2^90 every fourth frame, by what their largest was a
+// frame before: powers of 2 are exact.
 //
-//   cost     a frame: N^2 exponentials, N^3 products, 4 N^2 bytes read, two barriers: at N = 50 some 4,950 cycles,
-//            3,900 from sm_90 on (README.md)
-//   limits   float32, N of at most 64 (53 KB of shared memory); 65,535 chunks; (mixing) is proved for T up to 2^20
+//   cost     a frame: N^2 exponentials, N^3 products, 4 N^2 bytes read, two barriers: at N = 50 some 3,700 cycles,
+//            2,800 from sm_90 on (README.md)
+//   limits   float32, N of at most 64 (53 KB of shared memory; up to 52 45); 65,535 chunks; (mixing) is proved for T up to 2^20
 //
 // When are they exact? A number below 2^-126 is lost. Nothing grows beyond 2^122: B_t is at most 1, a row's entries
 // grow by N <= 2^6 a frame, from 2^91 on for five frames, of which the first one is behind what the rescale knows. Two
@@ -39,43 +40,52 @@
 namespace hmm {
 namespace {
 
-constexpr int kMost = 256, kRows = 16, kEvery = 4;  // threads; arcs of a frame that a thread has; frames to a rescale
-constexpr int kPitch = int(kChunkStates), kWarps = kMost / kWarp;  // of a matrix's row in shared memory
+constexpr int kMost = 256, kWarps = kMost / kWarp, kEvery = 4;  // threads, warps; frames to a rescale
 constexpr int kRowBits = 90, kMostUp = 120;         // where rows begin; more would be no float
 constexpr float kMixingNats = 18, kArcNats = 69, kSmallestEntry = 0x1p-26f;
 constexpr double kLn2 = 0.6931471805599453;
 
-// How a block shares N states: a matrix in side x side tiles, the threads by columns in `groups`, of kRows rows each.
-struct Sizes {
-  int side, threads, groups;
-};
-Sizes sizes_of(int N) {
-  Sizes o = {};
-  o.side = (N + 3) / 4;
-  o.groups = (N + kRows - 1) / kRows;
-  o.threads = (max(o.side * o.side, N * o.groups) + kWarp - 1) / kWarp * kWarp;
-  return o;
-}
+// What up to `States` states, 52 or 64, take. B_t lies by rows; M by columns, in which a tile's rows are four numbers.
+template <int States> struct Shape {
+  static constexpr int kRows = States / 4;               // of a column of B_t, a thread's
+  static constexpr int kTall = States <= 52 ? 3 : 4;     // rows of a tile of M, which has four columns
+  static constexpr int kTiles = (States - 1) / kTall + 1;  // one above the other
+  static constexpr int kPitch = States, kColumn = 4 * kTiles;  // numbers to the next row of B_t, column of M
+  static __device__ __forceinline__ int place(int row) { return row / kTall * 4 + row % kTall; }  // in a column
 
-struct Memory {
-  float *arcs, *even, *odd;    // B_t by rows; M by columns, of two frames
+  // How a block shares N states: M in tiles, B_t by columns in `groups`, of kRows rows each.
+  struct Sizes {
+    int tile_rows, tile_columns, groups, threads;
+  };
+  static Sizes sizes_of(int N) {
+    Sizes o = {};
+    o.tile_rows = (N - 1) / kTall + 1, o.tile_columns = (N - 1) / 4 + 1, o.groups = (N - 1) / kRows + 1;
+    o.threads = (max(o.tile_rows * o.tile_columns, N * o.groups) + kWarp - 1) / kWarp * kWarp;
+    return o;
+  }
+};
+
+template <int States> struct Memory {
+  using S = Shape<States>;
+  static constexpr int kArcs = States * S::kPitch, kMatrix = States * S::kColumn, kTallest = States / 4 * S::kColumn;
+  float *arcs, *even, *odd;    // B_t; M, of two frames
   float *tallest;              // of a tile's rows, for each of its columns of tiles
   float *weights, *tops;       // of the next frame: emissions, less what is taken out; its arcs' largest, one a warp
   int32_t *shifts, *exponents, *flags;  // of the rows, what 2 they were multiplied with; at the end; of a warp
 
   __device__ explicit Memory(unsigned char *&at)
-      : arcs(carve<float>(at, kPitch * kPitch)),
-        even(carve<float>(at, kPitch * kPitch)),
-        odd(carve<float>(at, kPitch * kPitch)),
-        tallest(carve<float>(at, kPitch / 4 * kPitch)),
-        weights(carve<float>(at, kPitch)),
+      : arcs(carve<float>(at, kArcs)),
+        even(carve<float>(at, kMatrix)),
+        odd(carve<float>(at, kMatrix)),
+        tallest(carve<float>(at, kTallest)),
+        weights(carve<float>(at, States)),
         tops(carve<float>(at, kWarps)),
-        shifts(carve<int32_t>(at, kPitch)),
-        exponents(carve<int32_t>(at, kPitch)),
+        shifts(carve<int32_t>(at, S::kColumn)),
+        exponents(carve<int32_t>(at, S::kColumn)),
         flags(carve<int32_t>(at, kWarps)) {}
   static constexpr size_t bytes() {
-    return 3 * carved<float>(kPitch * kPitch) + carved<float>(kPitch / 4 * kPitch) + 3 * carved<float>(kPitch) +
-           2 * carved<float>(kWarps);
+    return carved<float>(kArcs) + 2 * carved<float>(kMatrix) + carved<float>(kTallest) + carved<float>(States) +
+           2 * carved<float>(S::kColumn) + 2 * carved<float>(kWarps);
   }
 };
 
@@ -91,18 +101,39 @@ __device__ __forceinline__ double add_centred(Pair &scores, const float *ends, i
   return taken + double(scores.centre());
 }
 
+// The certificates' numbers, of a thread.
+struct Extremes {
+  float lowest_arc = 0;  // below the largest of its frame
+  // As bits, which are in the order of numbers of one sign: of allowed log B_t, the lowest less -inf; of the entries of M
+  // above 0, the smallest, less one, which makes 0 the largest.
+  unsigned lowest = 0, smallest = 0xffffffffu;
+
+  static __device__ __forceinline__ unsigned above_forbidden(float x) { return unsigned(__float_as_int(x)) - 0xff800000u; }
+  static __device__ __forceinline__ unsigned zero_above_all(float x) { return unsigned(__float_as_int(x)) - 1u; }
+  __device__ __forceinline__ void arc(float below, float log_b) {
+    lowest_arc = fmin(lowest_arc, below), lowest = max(lowest, above_forbidden(log_b));
+  }
+  __device__ __forceinline__ void entry(float x) { smallest = min(smallest, zero_above_all(x)); }
+  __device__ __forceinline__ int32_t flags() const {
+    const bool far = !(lowest_arc >= -kMixingNats),
+               lost = lowest > above_forbidden(-kArcNats) || smallest < zero_above_all(kSmallestEntry);
+    const bool any_far = __any_sync(kAllLanes, far), any_lost = __any_sync(kAllLanes, lost);
+    return (any_far ? kDoesNotMix : 0) | (any_lost ? kMayHaveLost : 0);
+  }
+};
+
 // The arcs of a frame that are this thread's: of column `column`, kRows rows from `row` on.
-struct Held {
+template <int kRows> struct Held {
   float scores[kRows];
 
-  // What is behind the last row is as the first one of the thread's: no extreme.
-  __device__ __forceinline__ void load(const Sequence<float> &q, int64_t t, int row, int column) {
-    const float *const arcs = t > 0 ? q.arcs(t) + row * q.states + column : nullptr;
+  // In place of what is behind the last row, that: no extreme.
+  __device__ __forceinline__ void load(const float *arcs, int N, int row, int column) {
 #pragma unroll
-    for (int k = 0; k < kRows; k++) {
-      scores[k] = k > 0 ? scores[0] : 0.0f;
-      if (row + k < q.states && t > 0) scores[k] = arcs[k * q.states];
-    }
+    for (int k = 0; k < kRows; k++) scores[k] = arcs[unsigned(min(row + k, N - 1) * N + column)];
+  }
+  __device__ __forceinline__ void none() {
+#pragma unroll
+    for (int k = 0; k < kRows; k++) scores[k] = 0;
   }
   __device__ __forceinline__ float top() const {
     float found = scores[0];
@@ -110,98 +141,108 @@ struct Held {
     for (int k = 1; k < kRows; k++) found = fmax(found, scores[k]);
     return found;
   }
-  // B_t to shared memory, without a branch: there is room behind the last row. The lowest of the arcs below `top`, and
-  // of the logarithms of allowed B_t(i, j).
-  __device__ __forceinline__ void exponentiate(float *arcs, int row, int column, float top, float weight,
-                                               float &lowest_arc, float &lowest) const {
-    float *const to = arcs + row * kPitch + column;
+  // B_t to shared memory, without a branch: there is room behind the last row.
+  __device__ __forceinline__ void exponentiate(float *to, int pitch, float top, float weight, Extremes &found) const {
 #pragma unroll
     for (int k = 0; k < kRows; k++) {
       const float below = scores[k] - top, x = below + weight;
-      lowest_arc = fmin(lowest_arc, below);
-      lowest = fmin(lowest, x == negative_infinity<float>() ? 0.0f : x);
-      to[k * kPitch] = exp(x);
+      found.arc(below, x);
+      to[k * pitch] = exp(x);
     }
   }
 };
 
-// 4 x 4 numbers of M, of the rows from 4 row on and the columns from 4 column on.
-struct Tile {
-  float sums[4][4];  // row, column
+// Of numbers that are not negative: 2^exponent is at most x, -127 for those below 2^-126; and 2^k, k from -126 to 127.
+__device__ __forceinline__ int exponent_of(float x) { return (__float_as_int(x) >> 23) - 127; }
+__device__ __forceinline__ float power_of_2(int k) { return __int_as_float((k + 127) << 23); }
 
+// kTall x 4 numbers of M. Tiles are counted: `row` of them are above it, and `column` to its left.
+template <int States> struct Tile {
+  using S = Shape<States>;
+  static constexpr int kTall = S::kTall;
+  float sums[kTall][4];  // row, column
+
+  static __device__ __forceinline__ float4 together(const float (&x)[kTall]) {
+    return {x[0], x[1], x[2], kTall > 3 ? x[kTall - 1] : 0.0f};
+  }
   __device__ __forceinline__ void multiply(const float *matrix, const float *arcs, int N, int row, int column) {
     const float4 *left = reinterpret_cast<const float4 *>(matrix) + row,
                  *right = reinterpret_cast<const float4 *>(arcs) + column;
 #pragma unroll
-    for (int r = 0; r < 4; r++)
+    for (int r = 0; r < kTall; r++)
 #pragma unroll
       for (int c = 0; c < 4; c++) sums[r][c] = 0;
-#pragma unroll 2
+#pragma unroll 4
     for (int k = 0; k < N; k++) {
-      const float4 a = left[k * (kPitch / 4)], b = right[k * (kPitch / 4)];
+      const float4 a = left[k * (S::kColumn / 4)], b = right[k * (S::kPitch / 4)];
       const float of_rows[4] = {a.x, a.y, a.z, a.w}, of_columns[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
-      for (int r = 0; r < 4; r++)
+      for (int r = 0; r < kTall; r++)
 #pragma unroll
         for (int c = 0; c < 4; c++) sums[r][c] += of_rows[r] * of_columns[c];
     }
   }
-  // Times 2^up of each row; the smallest number that is not 0, or was not before.
-  __device__ __forceinline__ void rescale(const int (&up)[4], float &smallest) {
+  // Times 2^up of each row. A number that is lost by that counts as it was.
+  __device__ __forceinline__ void rescale(const int (&up)[kTall], Extremes &found) {
 #pragma unroll
-    for (int r = 0; r < 4; r++) {
-      const float scale = ldexp(1.0f, up[r]);
+    for (int r = 0; r < kTall; r++) {
+      const float scale = power_of_2(up[r]);
 #pragma unroll
       for (int c = 0; c < 4; c++) {
         const float x = sums[r][c];
         sums[r][c] = x * scale;
-        smallest = fmin(smallest, x > 0 ? sums[r][c] : 1.0f);
+        found.entry(sums[r][c] > 0 ? sums[r][c] : x);
       }
     }
   }
-  __device__ __forceinline__ float smallest() const {
-    float found = 1;
+  __device__ __forceinline__ void note(Extremes &found) const {
 #pragma unroll
-    for (int r = 0; r < 4; r++)
+    for (int r = 0; r < kTall; r++)
 #pragma unroll
-      for (int c = 0; c < 4; c++) found = fmin(found, sums[r][c] > 0 ? sums[r][c] : 1.0f);
-    return found;
+      for (int c = 0; c < 4; c++) found.entry(sums[r][c]);
   }
   __device__ __forceinline__ void put(float *matrix, int row, int column) const {
     float4 *const to = reinterpret_cast<float4 *>(matrix) + row;
 #pragma unroll
-    for (int c = 0; c < 4; c++)
-      to[(4 * column + c) * (kPitch / 4)] = {sums[0][c], sums[1][c], sums[2][c], sums[3][c]};
+    for (int c = 0; c < 4; c++) {
+      float of_rows[kTall];
+#pragma unroll
+      for (int r = 0; r < kTall; r++) of_rows[r] = sums[r][c];
+      to[(4 * column + c) * (S::kColumn / 4)] = together(of_rows);
+    }
   }
   // The largest of each row.
-  __device__ __forceinline__ float4 tallest() const {
-    float of[4];
+  __device__ __forceinline__ void put_tallest(float *tallest, int row, int column) const {
+    float of_rows[kTall];
 #pragma unroll
-    for (int r = 0; r < 4; r++) of[r] = fmax(fmax(sums[r][0], sums[r][1]), fmax(sums[r][2], sums[r][3]));
-    return {of[0], of[1], of[2], of[3]};
+    for (int r = 0; r < kTall; r++) of_rows[r] = fmax(fmax(sums[r][0], sums[r][1]), fmax(sums[r][2], sums[r][3]));
+    *reinterpret_cast<float4 *>(tallest + column * S::kColumn + 4 * row) = together(of_rows);
   }
 };
 
 // Exponents of the largest numbers of a tile's rows; `empty`, where these are 0.
-__device__ __forceinline__ void exponents_of(const float *tallest, int side, int row, int empty, int (&found)[4]) {
+template <int States, int kTall>
+__device__ __forceinline__ void exponents_of(const float *tallest, int columns, int row, int empty,
+                                             int (&found)[kTall]) {
   float4 top = {};
-#pragma unroll 1
-  for (int column = 0; column < side; column++) {
-    const float4 x = *reinterpret_cast<const float4 *>(tallest + column * kPitch + 4 * row);
+#pragma unroll 4
+  for (int column = 0; column < columns; column++) {
+    const float4 x = *reinterpret_cast<const float4 *>(tallest + column * Shape<States>::kColumn + 4 * row);
     top = {fmax(top.x, x.x), fmax(top.y, x.y), fmax(top.z, x.z), fmax(top.w, x.w)};
   }
   const float of[4] = {top.x, top.y, top.z, top.w};
 #pragma unroll
-  for (int r = 0; r < 4; r++) found[r] = of[r] > 0 ? ilogb(of[r]) : empty;
+  for (int r = 0; r < kTall; r++) found[r] = of[r] > 0 ? exponent_of(of[r]) : empty;
 }
 
 // The logarithms of a matrix, each row's less 2^exponent, to (N, N) numbers and their transpose.
+template <int States>
 __device__ __forceinline__ void put_logs(const float *matrix, const int32_t *exponents, int N, float *along,
                                          float *against) {
 #pragma unroll 1
   for (int k = threadIdx.x; k < N * N; k += blockDim.x) {
     const int i = k / N, j = k - i * N;
-    const float x = matrix[j * kPitch + i];
+    const float x = matrix[j * Shape<States>::kColumn + Shape<States>::place(i)];
     const int exponent = x > 0 ? ilogb(x) : 0;
     // Near 0 where x is near the row's largest, and as exact there.
     const float log_x = x == 0 ? negative_infinity<float>()
@@ -210,147 +251,164 @@ __device__ __forceinline__ void put_logs(const float *matrix, const int32_t *exp
   }
 }
 
-// Which numbers are a thread's: a tile of M, and of the arcs kRows of a column.
-struct Place {
+// Which numbers are a thread's: a tile of M, and of B_t kRows rows of a column.
+template <int States> struct Place {
   bool has_tile, has_arcs;
   int tile_row, tile_column, row, column;
-  __device__ __forceinline__ Place(const Sizes &o, int N) {
+  __device__ __forceinline__ Place(const typename Shape<States>::Sizes &o, int N) {
     const int thread = threadIdx.x;
-    has_tile = thread < o.side * o.side, has_arcs = thread < o.groups * N;
-    tile_row = thread % o.side, tile_column = thread / o.side;
-    column = thread % N, row = has_arcs ? thread / N * kRows : N;  // without any: behind all rows
+    has_tile = thread < o.tile_rows * o.tile_columns, has_arcs = thread < o.groups * N;
+    tile_row = thread % o.tile_rows, tile_column = thread / o.tile_rows;
+    column = thread % N, row = has_arcs ? thread / N * Shape<States>::kRows : N;  // without any: behind all rows
   }
 };
 
-// The certificates' numbers, of a thread.
-struct Extremes {
-  float lowest_arc = 0, lowest = 0, smallest = 1;  // of arcs, below their largest; of log B_t; of M
-  __device__ __forceinline__ int32_t flags() const {
-    const bool far = !(lowest_arc >= -kMixingNats), lost = !(lowest >= -kArcNats && smallest >= kSmallestEntry);
-    const bool any_far = __any_sync(kAllLanes, far), any_lost = __any_sync(kAllLanes, lost);
-    return (any_far ? kDoesNotMix : 0) | (any_lost ? kMayHaveLost : 0);
-  }
-};
-
-// Before the first frame: M is 2^kRowBits on its diagonal, and what pads is 0. A barrier.
-__device__ __forceinline__ void begin(const Memory &held) {
+// Before the first frame: M is 2^kRowBits on its diagonal, and what pads B_t is 0. A barrier.
+template <int States> __device__ __forceinline__ void begin(const Memory<States> &held) {
+  using S = Shape<States>;
 #pragma unroll 1
-  for (int k = threadIdx.x; k < kPitch * kPitch; k += blockDim.x)
-    held.arcs[k] = held.odd[k] = 0, held.even[k] = k % (kPitch + 1) == 0 ? ldexp(1.0f, kRowBits) : 0.0f;
+  for (int k = threadIdx.x; k < held.kArcs; k += blockDim.x) held.arcs[k] = 0;
 #pragma unroll 1
-  for (int k = threadIdx.x; k < kPitch; k += blockDim.x) held.shifts[k] = kRowBits;
+  for (int k = threadIdx.x; k < held.kMatrix; k += blockDim.x)
+    held.even[k] = k % S::kColumn == S::place(k / S::kColumn) ? power_of_2(kRowBits) : 0.0f;
+#pragma unroll 1
+  for (int k = threadIdx.x; k < S::kColumn; k += blockDim.x) held.shifts[k] = kRowBits;
   if (threadIdx.x < kWarps) held.tops[threadIdx.x] = negative_infinity<float>();
   __syncthreads();
 }
 
-// What frame t needs of all threads, to be followed by a barrier: the largest of its arcs, and its emissions with what
-// else B_t has, less what is taken out. All warps find the same about emissions; warp 0 returns what that is.
-__device__ __forceinline__ double share(const Memory &held, const Sequence<float> &q, int64_t t, const Held &arcs,
-                                        bool has_arcs, Pair &emission) {
-  const float top = warp_max(has_arcs ? arcs.top() : negative_infinity<float>());
-  double taken = double(emission.centre());
-  if (t == 0) taken += add_centred(emission, q.initial, q.states);
-  if (t == q.length - 1 && q.final) taken += add_centred(emission, q.final, q.states);
-  const int warp = threadIdx.x / kWarp;
-  if (threadIdx.x % kWarp == 0) held.tops[warp] = top;
-  if (warp == 0) emission.put(held.weights, q.states);
-  return warp == 0 ? taken : 0;
+// What frame t needs of all threads, to be followed by a barrier: the largest of its arcs, and, by warp 0, which has
+// `emission`, its emissions with what else B_t has, less what is taken out; adds that to thread 0's `taken`.
+template <int States>
+__device__ __forceinline__ void share(const Memory<States> &held, const Sequence<float> &q, int64_t t, float top,
+                                      Pair &emission, double &taken) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  top = warp_max(top);
+  if (lane == 0) held.tops[warp] = top;
+  if (warp != 0) return;  // the whole warp
+  double found = double(emission.centre());
+  if (t == 0) found += add_centred(emission, q.initial, q.states);
+  if (t == q.length - 1 && q.final) found += add_centred(emission, q.final, q.states);
+  if (lane == 0) taken += found;
+  emission.put(held.weights, q.states);
 }
-__device__ __forceinline__ float top_of_arcs(const Memory &held) {
-  float top = held.tops[0];
-#pragma unroll
-  for (int w = 1; w < kWarps; w++) top = fmax(top, held.tops[w]);
-  return or_zero(top);
+__device__ __forceinline__ float top_of_arcs(const float *tops) {
+  const float4 *const of = reinterpret_cast<const float4 *>(tops);
+  static_assert(kWarps == 8, "two pieces");
+  const float4 x = of[0], y = of[1];
+  return or_zero(fmax(fmax(fmax(x.x, x.y), fmax(x.z, x.w)), fmax(fmax(y.x, y.y), fmax(y.z, y.w))));
 }
 
 // Powers of 2 for a tile's rows.
-__device__ __forceinline__ void find_shifts(const Memory &held, int side, const Place &place, int (&up)[4]) {
-  exponents_of(held.tallest, side, place.tile_row, kRowBits, up);
+template <int States, int kTall>
+__device__ __forceinline__ void find_shifts(const Memory<States> &held, int columns, const Place<States> &place,
+                                            int (&up)[kTall]) {
+  exponents_of<States>(held.tallest, columns, place.tile_row, kRowBits, up);
 #pragma unroll
-  for (int r = 0; r < 4; r++) {
+  for (int r = 0; r < kTall; r++) {
     up[r] = min(kRowBits - up[r], kMostUp);
     if (place.tile_column == 0) held.shifts[4 * place.tile_row + r] += HMM_MUTATION == 36 ? 0 : up[r];
   }
 }
 
 // After the last frame: what is known of M, to chunk `which`. A barrier.
-__device__ __forceinline__ void finish(const Memory &held, const float *matrix, int side, const Place &place, int N,
-                                       int32_t flags, double taken, const Chunks &chunks, int64_t which) {
+template <int States>
+__device__ __forceinline__ void finish(const Memory<States> &held, const float *matrix, int columns,
+                                       const Place<States> &place, int N, int32_t flags, double taken,
+                                       const Chunks &chunks, int64_t which) {
+  constexpr int kTall = Shape<States>::kTall;
   if (threadIdx.x % kWarp == 0) held.flags[threadIdx.x / kWarp] = flags;
   if (place.has_tile && place.tile_column == 0) {
-    int exponents[4];
-    exponents_of(held.tallest, side, place.tile_row, 0, exponents);
+    int exponents[kTall];
+    exponents_of<States>(held.tallest, columns, place.tile_row, 0, exponents);
 #pragma unroll
-    for (int r = 0; r < 4; r++) {
-      const int i = 4 * place.tile_row + r;
+    for (int r = 0; r < kTall; r++) {
+      const int i = kTall * place.tile_row + r;
+      if (i >= N) break;
       held.exponents[i] = exponents[r];
-      if (i < N) chunks.rows[which * N + i] = double(exponents[r] - held.shifts[i]) * kLn2;
+      chunks.rows[which * N + i] = double(exponents[r] - held.shifts[4 * place.tile_row + r]) * kLn2;
     }
   }
   __syncthreads();
-  put_logs(matrix, held.exponents, N, chunks.along + which * N * N, chunks.against + which * N * N);
+  put_logs<States>(matrix, held.exponents, N, chunks.along + which * N * N, chunks.against + which * N * N);
   if (threadIdx.x != 0) return;  // no barrier follows
   for (int w = 1; w < int(blockDim.x) / kWarp; w++) flags |= held.flags[w];
   chunks.flags[which] = flags, chunks.taken[which] = taken;
 }
 
-__global__ void __launch_bounds__(kMost, 2) transfer_kernel(hmm_problem p, Sizes o, Chunks chunks) {
+template <int States>
+__global__ void __launch_bounds__(kMost, 2)
+    transfer_kernel(hmm_problem p, typename Shape<States>::Sizes o, Chunks chunks) {
+  using S = Shape<States>;
   HMM_SHARED_MEMORY(at);
   const int N = int(p.states);
   const int64_t b = blockIdx.x;
   const Sequence<float> q(p, b);
   const Span span = span_of(p, q.length, blockIdx.y);
   if (span.frames <= 0 || q.length <= p.chunk_frames) return;  // the whole block
-  const Memory held(at);
-  const Place place(o, N);
+  const Memory<States> held(at);
+  const Place<States> place(o, N);
   begin(held);
-  Held arcs;
-  Tile tile;
+  Held<S::kRows> arcs;
+  Tile<States> tile;
   Extremes found;
-  arcs.load(q, span.first, place.row, place.column);
-  Pair emission = emission_of(q, span.first);
-  double taken = share(held, q, span.first, arcs, place.has_arcs, emission);  // thread 0's
+  Pair emission = {};
+  double taken = 0;  // thread 0's
+  const float *scores = q.arcs(span.first);  // of the frame that comes next
+  if (span.first > 0) arcs.load(scores, N, place.row, place.column);
+  else arcs.none();
+  if (threadIdx.x < kWarp) emission = emission_of(q, span.first);
+  const auto put = [&](int64_t t) {
+    share(held, q, t, place.has_arcs ? arcs.top() : negative_infinity<float>(), emission, taken);
+  };
+  put(span.first);
   __syncthreads();
   const float *now = held.even;
+  const int frames = int(span.frames);
 #pragma unroll 1
-  for (int64_t c = 0; c < span.frames; c++) {
-    const int64_t next = span.first + c + 1;
-    const bool last = c + 1 == span.frames, rescales = c > 0 && c % kEvery == 0;
-    const float top = top_of_arcs(held);
+  for (int c = 0; c < frames; c++) {
+    const bool last = c + 1 == frames, rescales = c > 0 && c % kEvery == 0;
+    const float top = top_of_arcs(held.tops);
     if (threadIdx.x == 0) taken += double(top);
     if (place.has_arcs)
-      arcs.exponentiate(held.arcs, place.row, place.column, top, held.weights[place.column], found.lowest_arc,
-                        found.lowest);
-    int up[4];
-    if (rescales && place.has_tile) find_shifts(held, o.side, place, up);
-    if (!last) arcs.load(q, next, place.row, place.column), emission = emission_of(q, next);
+      arcs.exponentiate(held.arcs + place.row * S::kPitch + place.column, S::kPitch, top, held.weights[place.column],
+                        found);
+    int up[S::kTall];
+    if (rescales && place.has_tile) find_shifts(held, o.tile_columns, place, up);
+    if (!last) {
+      arcs.load(scores += q.stride, N, place.row, place.column);
+      if (threadIdx.x < kWarp) emission = emission_of(q, span.first + c + 1);
+    }
 #if HMM_MUTATION != 31
     __syncthreads();
 #endif
     float *const then = c % 2 ? held.even : held.odd;
     if (place.has_tile) {
       tile.multiply(now, held.arcs, N, place.tile_row, place.tile_column);
-      if (rescales) tile.rescale(up, found.smallest);
-      else found.smallest = fmin(found.smallest, tile.smallest());
+      if (rescales) tile.rescale(up, found);
+      else tile.note(found);
       tile.put(then, place.tile_row, place.tile_column);
-      if (last || c % kEvery == kEvery - 1)
-        *reinterpret_cast<float4 *>(held.tallest + place.tile_column * kPitch + 4 * place.tile_row) = tile.tallest();
+      if (last || c % kEvery == kEvery - 1) tile.put_tallest(held.tallest, place.tile_row, place.tile_column);
     }
     now = then;
-    if (!last) taken += share(held, q, next, arcs, place.has_arcs, emission);
+    if (!last) put(span.first + c + 1);
 #if HMM_MUTATION != 32
     __syncthreads();
 #endif
   }
-  finish(held, now, o.side, place, N, found.flags(), taken, chunks, b * chunks_of(p) + blockIdx.y);
+  finish(held, now, o.tile_columns, place, N, found.flags(), taken, chunks, b * chunks_of(p) + blockIdx.y);
+}
+
+template <int States> int run(const hmm_problem &p, const Chunks &chunks, void *stream) {
+  const auto o = Shape<States>::sizes_of(int(p.states));
+  return launch(transfer_kernel<States>, dim3(unsigned(p.batch), unsigned(chunks_of(p))), o.threads,
+                Memory<States>::bytes(), stream, p, o, chunks);
 }
 
 }  // namespace
 
 int transfer(const hmm_problem &p, const Chunks &chunks, void *stream) {
-  const Sizes o = sizes_of(int(p.states));
-  return launch(transfer_kernel, dim3(unsigned(p.batch), unsigned(chunks_of(p))), o.threads, Memory::bytes(), stream, p,
-                o, chunks);
+  return p.states <= 52 ? run<52>(p, chunks, stream) : run<kChunkStates>(p, chunks, stream);
 }
 
 }  // namespace hmm

@@ -39,11 +39,12 @@ _BOTH_ENDS_TO = 2048
 # Where transitions vary over time (log_space.cu), a step is a chain of 1.1 us or more, or reads its arcs as fast; the
 # halves meet in one launch more, which reads all arcs of a step twice.
 _VARYING_STEP, _LAUNCH = 1.1, 3.0
-# In chunks (transfer.cu), a frame of a matrix comes to the steps of the walks: 3,900 cycles or more for 50 states, N^3
+# In chunks (transfer.cu), a frame of a matrix comes to the steps of the walks: 2,800 cycles or more for 50 states, N^3
 # products, at least what barriers and exponentials take. From chunk to chunk messages are handed on in some 1,450;
 # four launches are more. Two chunks on one multiprocessor, whose shared memory holds both, are put at 1.6 of one.
-_MATRIX_FRAME, _LEAST_MATRIX_FRAME, _BRIDGE = 2.2, 0.6, 0.9
-_CHUNK_STATES, _BESIDE, _TWO_MATRICES = 64, 1.6, 112 * 1024
+_MATRIX_FRAME, _LEAST_MATRIX_FRAME, _BRIDGE = 1.6, 0.6, 0.9
+_CHUNK_STATES, _BESIDE = 64, 1.6
+_TWO_CHUNKS = {52: 94 * 1024, 64: 108 * 1024}  # bytes of shared memory, by the states that they have at most
 
 
 def walk_both_ends(time: int, num_states: int, in_steps: bool) -> bool:
@@ -151,10 +152,10 @@ def memory_of(device: torch.device) -> float:
     return _BYTES.get(torch.cuda.get_device_capability(device), _LEAST_BYTES) * multiprocessors(device)
 
 
-def chunks_beside(device: torch.device) -> int:
+def chunks_beside(device: torch.device, num_states: int) -> int:
     """Chunks that a multiprocessor takes at once; one where torch (before 2.7) does not know of its shared memory."""
-    properties = torch.cuda.get_device_properties(device)
-    return 1 + (getattr(properties, "shared_memory_per_multiprocessor", 0) >= _TWO_MATRICES)
+    needed = min((room for most, room in _TWO_CHUNKS.items() if num_states <= most), default=math.inf)
+    return 1 + (getattr(torch.cuda.get_device_properties(device), "shared_memory_per_multiprocessor", 0) >= needed)
 
 
 class Call(ops._Call):
@@ -213,7 +214,7 @@ class Call(ops._Call):
             processors = multiprocessors(self.device)
             halves = both_ends and walk_varying_from_both_ends(*shape, processors)
             if both_ends and self.dtype == torch.float32:
-                frames = chunk_frames(*shape, processors, chunks_beside(self.device))
+                frames = chunk_frames(*shape, processors, chunks_beside(self.device, shape[2]))
             if long and not frames:
                 memory = memory_of(self.device)
                 frames, warm_up = early_varying_chunks(*shape, self.dtype, processors, memory, halves)

@@ -33,7 +33,7 @@ def on_cpu(handle, monkeypatch):
     monkeypatch.setattr(library, "cuda", lambda: handle)
     monkeypatch.setattr(cuda, "stream_of", no_stream)
     monkeypatch.setattr(cuda, "multiprocessors", lambda device: 1000)
-    monkeypatch.setattr(cuda, "chunks_beside", lambda device: 1)
+    monkeypatch.setattr(cuda, "chunks_beside", lambda *_: 1)
     monkeypatch.setattr(cuda, "memory_of", lambda device: 1e6)
     for name in OPERATORS:
         monkeypatch.setattr(torch.ops.hmm_speech, name, getattr(cuda, name))

@@ -88,7 +88,7 @@ def test_transitions_that_vary_are_walked_from_both_ends_where_multiprocessors_w
 def test_which_passes_are_walked_from_both_ends(with_kernels, monkeypatch):
     """Samples need messages from the front."""
     monkeypatch.setattr(cuda, "multiprocessors", lambda device: 28)
-    monkeypatch.setattr(cuda, "chunks_beside", lambda device: 1)
+    monkeypatch.setattr(cuda, "chunks_beside", lambda *_: 1)
     monkeypatch.setattr(cuda, "memory_of", lambda device: 1e6)
     scores = tuple(problem(8, 100, 5, "time-varying", 1, torch.float32).values())
 

@@ -145,7 +145,7 @@ def shared_memory(library_file: Path, folder: Path) -> dict[str, int]:
         patch.setattr(library, "cuda", lambda: handle)
         patch.setattr(cuda, "stream_of", lambda device: contextlib.nullcontext())
         patch.setattr(cuda, "multiprocessors", lambda device: 1000)
-        patch.setattr(cuda, "chunks_beside", lambda device: 1)
+        patch.setattr(cuda, "chunks_beside", lambda *_: 1)
         patch.setenv("HMM_LAUNCHES", str(launches))
         for dtype in (torch.float32, torch.float64):
             _solve("shared", 2, dtype, time=200)  # counts in several blocks, which are summed
