@@ -8,15 +8,15 @@
 namespace {
 
 template <class Real> struct Counts {
-  static constexpr int kRows = kMostRows, kColumns = kPanel<Real>;  // of the register tile
+  static constexpr int kTall = kMostRows, kColumns = kPanel<Real>;  // of the register tile
   static constexpr int kDepth = 256;                                // frames a block
   const int64_t N, padded;
   const Real grad_scale;  // a power of two that brings the largest |grad| near 1, so that products stay in range
   Scratch<Real> sum, left, right;  // left and right: panels of a tile's rows and columns, a slot a row
 
   Counts(int64_t n, const Real *grad, int64_t batch)
-      : N(n), padded(round_up(n, kColumns)), grad_scale(scale_of(grad, batch)), sum(round_up(n, kRows) * padded, false),
-        left(round_up(n, kRows) * kDepth, false), right(padded * kDepth, false) {}
+      : N(n), padded(round_up(n, kColumns)), grad_scale(scale_of(grad, batch)), sum(round_up(n, kTall) * padded, false),
+        left(round_up(n, kTall) * kDepth, false), right(padded * kDepth, false) {}
   bool allocated() const { return sum.data && left.data && right.data; }
 
   static Real scale_of(const Real *grad, int64_t batch) {
@@ -30,8 +30,8 @@ template <class Real> struct Counts {
     constexpr int W = kLanes<Real>;
     scale *= std::ldexp(Real(1), -kTopBits);  // so that the products stay in range; finish() takes it back
     int64_t i = 0;
-    for (; i + kRows <= N; i += kRows) std::memcpy(left + i * kDepth + slot * kRows, a + i, kRows * sizeof(Real));
-    for (int64_t m = i; m < N; m++) left[i * kDepth + slot * kRows + m - i] = a[m];
+    for (; i + kTall <= N; i += kTall) std::memcpy(left + i * kDepth + slot * kTall, a + i, kTall * sizeof(Real));
+    for (int64_t m = i; m < N; m++) left[i * kDepth + slot * kTall + m - i] = a[m];
     for (int64_t j = 0; j < padded; j += W)
       store(right + j / kColumns * kColumns * kDepth + slot * kColumns + j % kColumns, load(u + j) * scale);
   }
@@ -40,14 +40,14 @@ template <class Real> struct Counts {
   template <int Rows> void tile(int64_t i, int64_t j, int64_t frames, bool begun) {
     constexpr int W = kLanes<Real>, B = kColumns / W;
     Vec<Real> acc[Rows][B] = {};
-    const Real *x = left + i / kRows * kRows * kDepth + i % kRows, *y = right + j * kDepth;
+    const Real *x = left + i / kTall * kTall * kDepth + i % kTall, *y = right + j * kDepth;
     for (int64_t k = 0; k < frames; k++) {
       Vec<Real> column[B];
 #pragma GCC unroll 4
       for (int v = 0; v < B; v++) column[v] = load(y + k * kColumns + v * W);
 #pragma GCC unroll 8
       for (int m = 0; m < Rows; m++) {
-        const Vec<Real> s = splat(x[k * kRows + m]);
+        const Vec<Real> s = splat(x[k * kTall + m]);
 #pragma GCC unroll 4
         for (int v = 0; v < B; v++) acc[m][v] += s * column[v];
       }
@@ -63,7 +63,7 @@ template <class Real> struct Counts {
   void flush(int64_t frames, bool begun, Span rows) {
     for (int64_t j = 0; j < padded; j += kColumns) {
       int64_t i = rows.begin;
-      for (; i + kRows <= rows.end; i += kRows) tile<kRows>(i, j, frames, begun);
+      for (; i + kTall <= rows.end; i += kTall) tile<kTall>(i, j, frames, begun);
       for (; i + 2 <= rows.end; i += 2) tile<2>(i, j, frames, begun);
       if (i < rows.end) tile<1>(i, j, frames, begun);
     }

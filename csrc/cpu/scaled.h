@@ -165,17 +165,11 @@ HMM_INLINE void forward_columns(const Panels<Real> &panels, bool mixing, int64_t
 template <int M, class Real>
 void forward_step(const Panels<Real> &panels, bool mixing, const Real *const *previous, const Real *const *w,
                   Real *const *out, double *total, bool *flag) {
-  constexpr int W = kLanes<Real>, R = kRows<M>, B = kVectors<R>;
   Vec<Real> sum[M];
   for (int m = 0; m < M; m++) sum[m] = Vec<Real>{};
-  int64_t j = panels.span.begin;
-  const int64_t end = panels.span.end;
-  for (; end - j > (B - 1) * W; j += B * W)
-    for (int m = 0; m < M; m += R)
-      forward_columns<R, B>(panels, mixing, j, previous + m, w + m, out + m, sum + m, flag + m);
-  for (; j < end; j += W)
-    for (int m = 0; m < M; m += R)
-      forward_columns<R, 1>(panels, mixing, j, previous + m, w + m, out + m, sum + m, flag + m);
+  in_tiles<M, Real>(panels.span, [&](auto width, int m, int64_t j) __attribute__((always_inline)) {
+    forward_columns<kRows<M>, decltype(width)::value>(panels, mixing, j, previous + m, w + m, out + m, sum + m, flag + m);
+  });
   for (int m = 0; m < M; m++) total[m] = double(sum_of<Real>(sum[m]));
 }
 
@@ -211,21 +205,9 @@ template <class Real> int rescale(Real *message, double &total, int64_t N) {
 // out[m] = A u[m] for M sequences; the panels hold A transposed.
 template <int M, class Real>
 HMM_APART void backward_step(const Panels<Real> &panels, const Real *const *u, Real *const *out) {
-  constexpr int W = kLanes<Real>, R = kRows<M>, B = kVectors<R>;
-  auto columns = [&](auto width, int64_t i0) {
-    constexpr int b = decltype(width)::value;
-    for (int m0 = 0; m0 < M; m0 += R) {
-      Vec<Real> acc[R][b];
-      product<R, b, Real>(u + m0, panels.from(i0), panels.depth, acc);
-#pragma GCC unroll 16
-      for (int m = 0; m < R; m++)
-#pragma GCC unroll 16
-        for (int v = 0; v < b; v++) store(out[m0 + m] + i0 + v * W, acc[m][v]);
-    }
-  };
-  int64_t i = panels.span.begin;
-  for (; panels.span.end - i > (B - 1) * W; i += B * W) columns(Width<B>{}, i);
-  for (; i < panels.span.end; i += W) columns(Width<1>{}, i);
+  product_step<M, Real>(panels.span, out, [&](auto &sums, int m, int64_t i) __attribute__((always_inline)) {
+    product(u + m, panels.from(i), panels.depth, sums);
+  });
 }
 
 // G = sum a b over the states that can be reached; b of the others becomes 0, whatever it overflowed to.

@@ -91,6 +91,32 @@ struct Span {
   int64_t begin, end;
 };
 
+// Goes through M rows and the columns of a span, as many of both at once as registers hold: tile(Width<vectors>, m, j).
+template <int M, class Real, class Tile> HMM_INLINE void in_tiles(Span span, Tile tile) {
+  constexpr int W = kLanes<Real>, B = kVectors<kRows<M>>;
+  const auto rows = [&](auto width, int64_t j) __attribute__((always_inline)) {
+    for (int m = 0; m < M; m += kRows<M>) tile(width, m, j);
+  };
+  int64_t j = span.begin;
+  for (; span.end - j > (B - 1) * W; j += B * W) rows(Width<B>{}, j);
+  for (; j < span.end; j += W) rows(Width<1>{}, j);
+}
+
+// out[m](j) = what multiply(sums, m, j) finds for each tile of M rows and the columns of a span.
+template <int M, class Real, class Multiply>
+HMM_INLINE void product_step(Span span, Real *const *out, Multiply multiply) {
+  constexpr int W = kLanes<Real>, R = kRows<M>;
+  in_tiles<M, Real>(span, [&](auto width, int m0, int64_t j0) __attribute__((always_inline)) {
+    constexpr int B = decltype(width)::value;
+    Vec<Real> sums[R][B];
+    multiply(sums, m0, j0);
+#pragma GCC unroll 16
+    for (int m = 0; m < R; m++)
+#pragma GCC unroll 16
+      for (int v = 0; v < B; v++) store(out[m0 + m] + j0 + v * W, sums[m][v]);
+  });
+}
+
 // One of several chunks of the columns, in pairs of panels: what a column's product is does not depend on the chunks.
 template <class Real> constexpr int kChunkColumns = 2 * kPanel<Real>;
 template <class Real> Span chunk_of(int64_t columns, int chunk, int chunks) {

@@ -8,12 +8,12 @@
 // Where arcs are shared over time several sequences go through a step together, a max-plus product (M x N) by (N x N)
 // whose right side is packed once, and the walk back reads the arcs' transpose row by row. Cost a frame: N^2 additions
 // and N^2 maxima (2/16 vector operations an arc), 4 N bytes of delta written and read; the arcs come from cache, 4 N^2 / M
-// bytes a frame. From 128 states on, arcs that cannot win are left out (pruned_max.h) where that is cheaper. An addition and a
-// maximum share two ports on AMD's Zen 5; the addition goes to the multiplier instead
-// (sum_beside_max), so that a step's floor is that of as many fused multiply-adds, 1.95 us a
-// frame for N = 512 at 4.2 GHz (2 ports, 16 lanes). Measured on one core of an EPYC (Zen 5), float, B = 8, T = 1000: 0.140 ns a vector of
-// arcs where 0.119 is the floor, since four arithmetic operations a cycle leave little room for loads; 60 ns a frame for
-// N = 50, 28 of them the product, 195 ns for N = 128 (142), 2.7 us for N = 512 (2.3).
+// bytes a frame. From 128 states on, arcs that cannot win are left out (pruned_max.h) where that is cheaper. An addition
+// and a maximum share two ports on AMD's Zen 5; the addition goes to the multiplier instead (sum_beside_max), so that a
+// step's floor is that of as many fused multiply-adds, 1.95 us a frame for N = 512 at 4.2 GHz (2 ports, 16 lanes).
+// Measured on one core of an EPYC (Zen 5), float, B = 8, T = 1000: 0.140 ns a vector of arcs where 0.119 is the floor,
+// since four arithmetic operations a cycle leave little room for loads; 60 ns a frame for N = 50, 28 of them the product,
+// 195 ns for N = 128 (142), 2.7 us for N = 512 (2.3).
 // Where arcs vary over time, a step is a sweep over 4 N^2 bytes that come from memory, which bounds it.
 // Limits: none on N or T.
 #pragma once
@@ -50,22 +50,10 @@ HMM_INLINE void max_product(const Real *const *x, const Real *packed, int64_t K,
 
 // out[m](j) = max_i (previous[m](i) + phi(i, j)) for M sequences.
 template <int M, class Real>
-void max_step(const MaxArcs<Real> &arcs, const Real *const *previous, Real *const *out) {
-  constexpr int W = kLanes<Real>, R = kRows<M>, B = kVectors<R>;
-  auto columns = [&](auto width, int64_t j0) {
-    constexpr int b = decltype(width)::value;
-    for (int m0 = 0; m0 < M; m0 += R) {
-      Vec<Real> acc[R][b];
-      max_product<R, b, Real>(previous + m0, arcs.from(j0), arcs.N, acc);
-#pragma GCC unroll 16
-      for (int m = 0; m < R; m++)
-#pragma GCC unroll 16
-        for (int v = 0; v < b; v++) store(out[m0 + m] + j0 + v * W, acc[m][v]);
-    }
-  };
-  int64_t j = 0;
-  for (; arcs.N - j > (B - 1) * W; j += B * W) columns(Width<B>{}, j);
-  for (; j < arcs.N; j += W) columns(Width<1>{}, j);
+HMM_APART void max_step(const MaxArcs<Real> &arcs, const Real *const *previous, Real *const *out) {
+  product_step<M, Real>({0, arcs.N}, out, [&](auto &sums, int m, int64_t j) __attribute__((always_inline)) {
+    max_product(previous + m, arcs.from(j), arcs.N, sums);
+  });
 }
 
 // The same for one sequence and arcs as they came, (N, N). Tells where one is NaN or +inf: maxima forget a NaN, and what
@@ -151,10 +139,7 @@ void viterbi_group(const hmm_problem &p, const MaxArcs<Real> *arcs, PrunedStep<R
       for (int k = 0; k < n; k++) pruned->step(live[k], previous[k], out[k]);
       pruned->finish();
     }
-    else if (n > 4) max_step<8>(*arcs, previous, out);
-    else if (n > 2) max_step<4>(*arcs, previous, out);
-    else if (n > 1) max_step<2>(*arcs, previous, out);
-    else max_step<1>(*arcs, previous, out);
+    else for_rows(n, [&](auto width) { max_step<decltype(width)::value>(*arcs, previous, out); });
     for (int k = 0; k < n; k++) {
       const int m = live[k];
       const Sequence<Real> &q = sequence[m];

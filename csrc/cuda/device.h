@@ -142,6 +142,21 @@ template <class Real> __device__ __forceinline__ Real warp_sum(Real x) {
   return x;
 }
 
+// The sum over a block of kThreads, for all threads, in order; `part` holds a number a warp. Two barriers.
+template <int kThreads, class Number> __device__ __forceinline__ Number block_sum(Number x, Number *part) {
+  x = warp_sum(x);
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) part[threadIdx.x / kWarp] = x;
+#if HMM_MUTATION == 14
+  x = __shfl_sync(kAllLanes, x, 0);  // which is no fence
+#elif HMM_MUTATION != 16
+  __syncthreads();
+#endif
+  x = 0;
+  for (int q = 0; q < kThreads / kWarp; q++) x += part[q];
+  return x;
+}
+
 // From sm_80 on the lanes of a warp find their largest integer in one instruction; numbers take five shuffles.
 template <class Real> constexpr bool kComparesIntegers = kFromAmpere && sizeof(Real) == 4;
 // Numbers as integers in the same order, +0 above -0, and NaN where the caller wants it.

@@ -44,17 +44,6 @@ __global__ void __launch_bounds__(Large ? kTile : kForwardThreads<Real>, 1)
   if (threadIdx.x == 0) chunks.taken[chunk] = taken;
 }
 
-// Of numbers that are alike in a warp: their sum over a block's warps, for thread 0. A barrier.
-__device__ __forceinline__ double sum_over_warps(double x, double *sums) {
-  if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = x;
-#if HMM_MUTATION != 61
-  __syncthreads();
-#endif
-  double sum = 0;
-  for (int w = 0; threadIdx.x == 0 && w < kJoinWarps; w++) sum += sums[w];
-  return sum;
-}
-
 // What a sequence's walks come to, a warp a chunk in turn. Infinite or NaN in total where a message is not the same, or
 // a chunk has no path: then the sequence is not done so.
 template <class Real>
@@ -84,7 +73,7 @@ __global__ void __launch_bounds__(kJoinThreads, 1)
     for (int j = lane; j < N; j += kWarp) sum += exp(double(last[j]));
     total += log(warp_sum(sum));
   }
-  total = sum_over_warps(total, sums);
+  total = block_sum<kJoinThreads>(lane == 0 ? total : 0, sums);
   if (threadIdx.x != 0) return;  // no barrier follows
   const bool done = L > 0 && total - total == 0;
   chunks.done[b] = done;
@@ -151,7 +140,7 @@ __global__ void __launch_bounds__(kJoinThreads, 1)
     difference = warp_sum(difference);
     if (!(difference <= kSame<Real>) && HMM_MUTATION != 59) wrong += 1;
   }
-  wrong = sum_over_warps(wrong, sums);
+  wrong = block_sum<kJoinThreads>(lane == 0 ? wrong : 0, sums);
   if (threadIdx.x == 0) chunks.done[b] = walked && wrong == 0;
 }
 

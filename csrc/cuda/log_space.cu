@@ -130,13 +130,8 @@ __global__ void __launch_bounds__(kJoinThreads, 1)
     for (int j = lane; j < N; j += kWarp) sum += exp((arcs[int64_t(i) * N + j] - J) + (before[i] + behind[j]));
     total += double(sum);
   }
-  total = warp_sum(total);
-  if (lane == 0) sums[warp] = total;
-#if HMM_MUTATION != 10
-  __syncthreads();
-#endif
+  total = block_sum<kJoinThreads>(total, sums);
   if (threadIdx.x != 0) return;  // no barrier follows
-  for (int w = 1; w < kWarps; w++) total += sums[w];
   centre += b * p.time;
   centre[0] = J, centre[q.length - 1] = Real(log(total));
   log_partition[b] = Real(taken[2 * b] + taken[2 * b + 1] + double(J) + log(total));

@@ -28,21 +28,6 @@ template <> struct Range<double> {
   static constexpr double kTiny = 2.2250738585072014e-308;
 };
 
-// The sum over a block of kThreads, for all threads, in order; `part` holds a number a warp. Two barriers.
-template <int kThreads, class Number> __device__ __forceinline__ Number block_sum(Number x, Number *part) {
-  x = warp_sum(x);
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) part[threadIdx.x / kWarp] = x;
-#if HMM_MUTATION == 14
-  x = __shfl_sync(kAllLanes, x, 0);  // which is no fence
-#elif HMM_MUTATION != 16
-  __syncthreads();
-#endif
-  x = 0;
-  for (int q = 0; q < kThreads / kWarp; q++) x += part[q];
-  return x;
-}
-
 template <class Real> struct alignas(16) Four {
   Real x, y, z, w;
 };

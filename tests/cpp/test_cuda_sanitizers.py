@@ -97,7 +97,6 @@ NOTICED_BY = {
     7: ("thread", "exercise_log_space"),  # a barrier removed, from the middle to the ends
     8: ("address", "exercise_log_space"),  # the wrong middle: wrong numbers
     9: ("address", "exercise_log_space"),  # a lane's part of a row left out
-    10: ("thread", "exercise_log_space"),  # a barrier removed, where the halves meet in log space
     11: ("thread", "exercise"),  # a barrier removed, forward
     12: ("thread", "exercise"),  # a barrier removed, backward
     13: ("address", "exercise_steps"),  # an index off by one
@@ -130,7 +129,6 @@ NOTICED_BY = {
     58: ("address", "exercise_early_varying"),  # messages that are not the same taken for it
     59: ("address", "exercise_early_varying"),  # and posteriors
     60: ("thread", "exercise_early_varying"),  # posteriors put where another chunk does
-    61: ("thread", "exercise_early_varying"),  # a barrier removed, where what chunks come to is added up
     62: ("address", "exercise_log_space"),  # scores that no warp copies: wrong numbers
 }
 

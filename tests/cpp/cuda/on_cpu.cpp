@@ -49,7 +49,8 @@ template <class... Numbers> [[noreturn]] void fail(const char *format, Numbers..
   abort();
 }
 
-// While one of these lives, ThreadSanitizer does not look: what is done is ours, not the kernel's.
+// While one of these lives, ThreadSanitizer does not look: what is done is ours, not the kernel's. This file is built
+// without a sanitizer; what a sanitizer sees of it are the functions that it intercepts, such as malloc and memset.
 struct Unseen {
 #ifdef __SANITIZE_THREAD__
   Unseen() { AnnotateIgnoreReadsBegin("", 0), AnnotateIgnoreWritesBegin("", 0); }
