@@ -6,7 +6,8 @@
 //
 // Two blocks a sequence, one from each end. log M_c(i, j) comes as a float, near 0 where it is near the largest of its
 // row, and a double a row and one a matrix, which is what sums over frames are in; log a and log f are centred by them.
-// Cost a chunk: N^2 exponentials, 4 N^2 bytes, two barriers. Limits: as transfer.cu.
+// What a chunk reads is asked for a chunk ahead.
+// Cost a chunk: N^2 exponentials, 4 N^2 bytes, two barriers; 1,200 to 1,450 cycles (README.md). Limits: as transfer.cu.
 // Compiled and executed on the CPU, not timed.
 #include "chunks.h"
 
@@ -16,15 +17,22 @@ namespace {
 constexpr int kBridge = 256, kShares = 4, kOwn = kBridge / kShares, kEach = kOwn / kShares;
 static_assert(kOwn == kChunkStates);
 
-// For warp 0. Logs and the doubles that belong to them, added and centred: returns what is taken out.
-__device__ __forceinline__ double add_and_centre(Pair &logs, const double *rows, int N) {
-  const int lane = threadIdx.x % kWarp;
-  double low = lane < N ? double(logs.low) + rows[lane] : double(negative_infinity<float>());
-  double high = lane + kWarp < N ? double(logs.high) + rows[lane + kWarp] : double(negative_infinity<float>());
-  const double top = or_zero(warp_max(fmax(low, high)));
-  logs = {float(low - top), float(high - top)};
-  return top;
-}
+// What a matrix has in double, for warp 0: of states lane and lane + 32, and of all. Loaded a chunk ahead.
+struct Doubles {
+  double low, high, taken;
+  static __device__ __forceinline__ Doubles of(const Chunks &chunks, int64_t chunk, int N) {
+    const double *const rows = chunks.rows + chunk * N, none = double(negative_infinity<float>());
+    const int lane = threadIdx.x % kWarp;
+    return {lane < N ? rows[lane] : none, lane + kWarp < N ? rows[lane + kWarp] : none, chunks.taken[chunk]};
+  }
+  // Adds them to logs, which are centred by their largest as a float: returns what is taken out.
+  __device__ __forceinline__ double add_to(Pair &logs) const {
+    const double x = double(logs.low) + low, y = double(logs.high) + high;
+    const double top = double(or_zero(warp_max(float(fmax(x, y)))));
+    logs = {float(x - top), float(y - top)};
+    return top;
+  }
+};
 
 // What a block keeps in shared memory: a message, and of each thread the largest and the sum of its part of a log-sum.
 struct Room {
@@ -33,39 +41,35 @@ struct Room {
       : message(carve<float>(at, kOwn)), tops(carve<float>(at, kBridge)), sums(carve<float>(at, kBridge)) {}
   static constexpr size_t bytes() { return carved<float>(kOwn) + 2 * carved<float>(kBridge); }
 
-  // The log-sum of a state's parts.
-  __device__ __forceinline__ float log_sum(int state) const {
+  // The log-sum of a state's parts; -inf for what is no state. Without a branch: a lane has two.
+  __device__ __forceinline__ float log_sum(int state, int N) const {
     float c = negative_infinity<float>(), total = 0;
 #pragma unroll
     for (int s = 0; s < kShares; s++) c = fmax(c, tops[s * kOwn + state]);
     const float from = or_zero(c);
 #pragma unroll
     for (int s = 0; s < kShares; s++) total += sums[s * kOwn + state] * exp(tops[s * kOwn + state] - from);
-    return total == 0 ? negative_infinity<float>() : from + log(total);
+    const float found = from + log(total);
+    return state < N ? found : negative_infinity<float>();
   }
 };
 
 // A thread's quarter of a row or column of a matrix.
 struct Quarter {
   float arcs[kEach];
+  // In place of what pads, the last ones.
   __device__ __forceinline__ void load(const float *matrix, int N, int own, int share) {
 #pragma unroll
-    for (int k = 0; k < kEach; k++) {
-      const int i = share + k * kShares;
-      arcs[k] = i < N && own < N ? matrix[i * N + own] : negative_infinity<float>();
-    }
+    for (int k = 0; k < kEach; k++) arcs[k] = matrix[unsigned(min(share + k * kShares, N - 1) * N + min(own, N - 1))];
   }
-  __device__ __forceinline__ void sum(const Room &room, int N, int share) {
+  // Without a branch: what pads a message is -inf.
+  __device__ __forceinline__ void sum(const Room &room, int share) {
     float top = negative_infinity<float>(), sum = 0;
 #pragma unroll
-    for (int k = 0; k < kEach; k++) {
-      const int i = share + k * kShares;
-      if (i < N) top = fmax(top, arcs[k] += room.message[i]);
-    }
+    for (int k = 0; k < kEach; k++) top = fmax(top, arcs[k] += room.message[share + k * kShares]);
     const float from = or_zero(top);
 #pragma unroll
-    for (int k = 0; k < kEach; k++)
-      if (share + k * kShares < N) sum += exp(arcs[k] - from);
+    for (int k = 0; k < kEach; k++) sum += exp(arcs[k] - from);
     room.tops[threadIdx.x] = top, room.sums[threadIdx.x] = sum;
   }
 };
@@ -94,26 +98,32 @@ __global__ void __launch_bounds__(kBridge, 1)
   Pair logs = Pair::of(nullptr, from_end ? N : 1, 0);  // warp 0's; from the front, any row of the first matrix
   double taken = 0;
   const int64_t first = from_end ? count - 1 : 0, end = from_end ? 0 : count, step = from_end ? -1 : 1;
-  const float *const matrices = (from_end ? chunks.against : chunks.along) + b * P * N * N;
+  const float *matrix = (from_end ? chunks.against : chunks.along) + (b * P + first) * N * N;
   Quarter arcs;
-  arcs.load(matrices + first * N * N, N, own, share);
+  Doubles ahead = {};
+  const auto load = [&](int64_t chunk) {
+    arcs.load(matrix, N, own, share);
+    matrix += step * N * N;
+    if (thread < kWarp) ahead = Doubles::of(chunks, b * P + chunk, N);
+  };
+  load(first);
 #pragma unroll 1
   for (int64_t chunk = first; chunk != end; chunk += step) {
-    const double *const rows = chunks.rows + (b * P + chunk) * N;
+    const Doubles now = ahead;
     if (thread < kWarp) {
-      if (!from_end) taken += add_and_centre(logs, rows, N) + chunks.taken[b * P + chunk];
-      logs.put(room.message, N);
+      if (!from_end) taken += now.add_to(logs) + now.taken;
+      logs.put(room.message, kOwn);
     }
     __syncthreads();
-    arcs.sum(room, N, share);
-    if (chunk + step != end) arcs.load(matrices + (chunk + step) * N * N, N, own, share);
+    arcs.sum(room, share);
+    if (chunk + step != end) load(chunk + step);
 #if HMM_MUTATION != 33
     __syncthreads();
 #endif
     if (thread >= kWarp) continue;
-    logs = {room.log_sum(thread), room.log_sum(thread + kWarp)};
+    logs = {room.log_sum(thread, N), room.log_sum(thread + kWarp, N)};
     if (from_end) {
-      add_and_centre(logs, rows, N);
+      now.add_to(logs);
       logs.put(chunks.exit + (b * P + chunk - 1) * N, N);
     } else {
       taken += double(logs.centre());

@@ -44,8 +44,12 @@ ROWS = (
     ("semi-Markov", 50, 1000, None),
     ("active", 1000, 184, 450),
 )
-# On a GPU: the table of hmm-backprop's README.
-CUDA_ROWS = tuple((kind, 50, frames, None) for kind in ("dense", "shared") for frames in (100, 500, 1000, 3000))
+# On a GPU: the table of hmm-backprop's README, and the other rows that csrc/cuda/README.md has estimates of.
+CUDA_ROWS = (
+    *((kind, 50, frames, None) for kind in ("dense", "shared") for frames in (100, 500, 1000, 2000, 3000)),
+    ("shared", 256, 1000, 32),
+    ("shared", 1024, 1000, 32),
+)
 QUICK = (("dense", 50, 300, None), ("shared", 50, 1000, None))
 
 

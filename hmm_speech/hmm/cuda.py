@@ -40,7 +40,7 @@ _BOTH_ENDS_TO = 2048
 # halves meet in one launch more, which reads all arcs of a step twice.
 _VARYING_STEP, _LAUNCH = 1.1, 3.0
 # In chunks (transfer.cu), a frame of a matrix comes to the steps of the walks: 2,800 cycles or more for 50 states, N^3
-# products, at least what barriers and exponentials take. From chunk to chunk messages are handed on in some 1,450;
+# products, at least what barriers and exponentials take. From chunk to chunk messages are handed on in up to 1,450;
 # four launches are more. Two chunks on one multiprocessor, whose shared memory holds both, are put at 1.6 of one.
 _MATRIX_FRAME, _LEAST_MATRIX_FRAME, _BRIDGE = 1.6, 0.6, 0.9
 _CHUNK_STATES, _BESIDE = 64, 1.6
