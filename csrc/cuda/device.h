@@ -118,8 +118,8 @@ template <class T> __host__ __device__ constexpr size_t carved(int64_t n) {
   return size_t(n * int64_t(sizeof(T)) + 15) / 16 * 16;
 }
 
-// A Piece is 16 bytes on their way from global to shared memory. Before sm_80 they wait in registers between take and put,
-// so that several come at once.
+// A Piece is 16 bytes on their way from global to shared memory. Before sm_80 they wait in registers between take and
+// put, so that several come at once.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr bool kFromAmpere = false;
 struct Piece {

@@ -7,14 +7,15 @@
 // those into the last frame of chunk c - 1 from behind, and log Z. With log a_c and log f_c in place of what comes
 // before and behind it, chunk c is a chain of its own, which log_space.cu and log_space_back.cu walk as any other.
 //
-// A block a chunk, of 256 threads or fewer, that hold 3 x 4 numbers of M each, of more than 52 states 4 x 4: so the 7
-// warps of N = 50 have as many products each as the 8 of N = 64. The arcs of the next frame come to their registers
-// while those of this one are multiplied. Rows are brought back to 2^90 every fourth frame, by what their largest was a
-// frame before: powers of 2 are exact.
+// A block a chunk, of 256 threads or fewer. Each holds 3 x 4 numbers of M, of more than 52 states 4 x 4: seven or eight
+// warps then, where 4 x 4 would leave six to N = 50, two of them on two of four schedulers. The arcs of the next frame
+// come to their registers while those of this one are multiplied. Rows are brought back to 2^90 every fourth frame, by
+// what their largest was a frame before: powers of 2 are exact.
 //
 //   cost     a frame: N^2 exponentials, N^3 products, 4 N^2 bytes read, two barriers: at N = 50 some 3,700 cycles,
 //            2,800 from sm_90 on (README.md)
-//   limits   float32, N of at most 64 (53 KB of shared memory; up to 52 45); 65,535 chunks; (mixing) is proved for T up to 2^20
+//   limits   float32, N of at most 64 (53 KB of shared memory; up to 52 45); 65,535 chunks; (mixing) is proved for T up
+//            to 2^20
 //
 // When are they exact? A number below 2^-126 is lost. Nothing grows beyond 2^122: B_t is at most 1, a row's entries
 // grow by N <= 2^6 a frame, from 2^91 on for five frames, of which the first one is behind what the rescale knows. Two
@@ -104,12 +105,13 @@ __device__ __forceinline__ double add_centred(Pair &scores, const float *ends, i
 // The certificates' numbers, of a thread.
 struct Extremes {
   float lowest_arc = 0;  // below the largest of its frame
-  // As bits, which are in the order of numbers of one sign: of allowed log B_t, the lowest less -inf; of the entries of M
-  // above 0, the smallest, less one, which makes 0 the largest.
+  // As bits, which are in the order of numbers of one sign: of allowed log B_t, the lowest less -inf; of the entries
+  // of M above 0, the smallest, less one, which makes 0 the largest.
   unsigned lowest = 0, smallest = 0xffffffffu;
 
-  static __device__ __forceinline__ unsigned above_forbidden(float x) { return unsigned(__float_as_int(x)) - 0xff800000u; }
-  static __device__ __forceinline__ unsigned zero_above_all(float x) { return unsigned(__float_as_int(x)) - 1u; }
+  static __device__ __forceinline__ unsigned bits(float x) { return unsigned(__float_as_int(x)); }
+  static __device__ __forceinline__ unsigned above_forbidden(float x) { return bits(x) - 0xff800000u; }
+  static __device__ __forceinline__ unsigned zero_above_all(float x) { return bits(x) - 1u; }
   __device__ __forceinline__ void arc(float below, float log_b) {
     lowest_arc = fmin(lowest_arc, below), lowest = max(lowest, above_forbidden(log_b));
   }
