@@ -198,7 +198,10 @@ def test_an_interrupted_run_says_how_it_goes_on(trained, tmp_path):
         "callbacks.early_stopping=null",
     ]
     command += ["trainer.enable_progress_bar=false"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run behind a shell's &
+    )  # fmt: skip
     try:
         for _ in range(1200):
             if (tmp_path / "run/checkpoints/last.ckpt").exists():
