@@ -79,7 +79,7 @@ __device__ __forceinline__ bool certified(const int32_t *flags, int64_t count, f
   int32_t all = 0;
   for (int64_t chunk = threadIdx.x % kWarp; chunk < count; chunk += kWarp) all |= flags[chunk];
   const bool far = __any_sync(kAllLanes, all & kDoesNotMix), lost = __any_sync(kAllLanes, all & kMayHaveLost);
-  return (!(far && lost) || HMM_MUTATION == 35) && z - z == 0;
+  return (!(far && lost) || HMM_DEFECT(35)) && z - z == 0;
 }
 
 // From both ends of a sequence, a block each: four threads a state, each a quarter of its arcs.
@@ -117,9 +117,7 @@ __global__ void __launch_bounds__(kBridge, 1)
     __syncthreads();
     arcs.sum(room, share);
     if (chunk + step != end) load(chunk + step);
-#if HMM_MUTATION != 33
-    __syncthreads();
-#endif
+    if (!HMM_DEFECT(33)) __syncthreads();
     if (thread >= kWarp) continue;
     logs = {room.log_sum(thread, N), room.log_sum(thread + kWarp, N)};
     if (from_end) {

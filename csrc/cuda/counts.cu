@@ -47,8 +47,8 @@ __global__ void __launch_bounds__(256)
       const int32_t how = row < end ? method[b] : HMM_REDONE;
       const int64_t L = row < end ? p.lengths[b] : 0, middle = meeting(L, how == HMM_BOTH_ENDS);
       const bool counted = t > 0 && t < L && (how == HMM_SCALED || how == HMM_BOTH_ENDS);
-      const Real *from = t <= middle + (HMM_MUTATION == 17) ? alpha : u, *to = t < middle ? u : alpha;
-      left[k + (HMM_MUTATION == 13)] = counted && i0 + column < N ? from[(row - 1) * N + i0 + column] : Real(0);
+      const Real *from = t <= middle + HMM_DEFECT(17) ? alpha : u, *to = t < middle ? u : alpha;
+      left[k + HMM_DEFECT(13)] = counted && i0 + column < N ? from[(row - 1) * N + i0 + column] : Real(0);
       const Real factor = counted ? ldexp(grad[b], -exponent) * (t == middle ? norm[b * T * N] : Real(1)) : Real(0);
       right[k] = counted && j0 + column < N ? to[row * N + j0 + column] * factor : Real(0);
     }

@@ -12,14 +12,12 @@
 
 #include "hmm_speech.h"
 
-#ifndef HMM_MUTATION
-#define HMM_MUTATION 0  // a test builds the kernels with one defect or another, which must be noticed
-#endif
-
 #ifdef HMM_ON_CPU
 #include "on_cpu.h"
 #else
 #include <cuda_runtime.h>
+
+#define HMM_DEFECT(k) false  // a test executes the kernels with one defect or another, which must be noticed
 
 // unsigned char *name: where the block's dynamic shared memory begins. One a kernel, first of all.
 #define HMM_SHARED_MEMORY(name)                  \
@@ -147,11 +145,8 @@ template <int kThreads, class Number> __device__ __forceinline__ Number block_su
   x = warp_sum(x);
   __syncthreads();
   if (threadIdx.x % kWarp == 0) part[threadIdx.x / kWarp] = x;
-#if HMM_MUTATION == 14
-  x = __shfl_sync(kAllLanes, x, 0);  // which is no fence
-#elif HMM_MUTATION != 16
-  __syncthreads();
-#endif
+  if (HMM_DEFECT(14)) x = __shfl_sync(kAllLanes, x, 0);  // which is no fence
+  else if (!HMM_DEFECT(16)) __syncthreads();
   x = 0;
   for (int q = 0; q < kThreads / kWarp; q++) x += part[q];
   return x;

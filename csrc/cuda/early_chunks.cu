@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kJoinThreads, 1)
       // -inf, of a state without a path, is no more than itself.
       same &= x == y || (x - x == 0 && fabs(x - y) <= kSame<Real> * (1 + Real(0.5) * fabs(x)));
     }
-    if (__any_sync(kAllLanes, !same) && HMM_MUTATION != 58) total = double(negative_infinity<Real>());
+    if (__any_sync(kAllLanes, !same) && !HMM_DEFECT(58)) total = double(negative_infinity<Real>());
   }
   if (warp == 0 && L > 0) {
     const Real *const last = alpha + (b * p.time + L - 1) * N;
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kJoinThreads, 1)
     Real difference = 0;
     for (int i = lane; i < N; i += kWarp) difference += fabs(arrived[i] - expected[i]);
     difference = warp_sum(difference);
-    if (!(difference <= kSame<Real>) && HMM_MUTATION != 59) wrong += 1;
+    if (!(difference <= kSame<Real>) && !HMM_DEFECT(59)) wrong += 1;
   }
   wrong = block_sum<kJoinThreads>(lane == 0 ? wrong : 0, sums);
   if (threadIdx.x == 0) chunks.done[b] = walked && wrong == 0;

@@ -109,8 +109,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       const Real x = expected[j] * factor;
       same &= fabs(arrived[j] - x) <= ldexp(x, -kSameBits<Real>) + Range<Real>::kTiny;
     }
-    if (__any_sync(kAllLanes, !same) && HMM_MUTATION != 53) wrong += 1;
-    if (lane == 0 && HMM_MUTATION != 52) norm[first] *= factor;
+    if (__any_sync(kAllLanes, !same) && !HMM_DEFECT(53)) wrong += 1;
+    if (lane == 0 && !HMM_DEFECT(52)) norm[first] *= factor;
     logs -= log(double(factor));
   }
   logs = block_sum<kThreads>(lane == 0 ? logs : 0, part_double);
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       Real difference = 0;
       for (int i = lane; i < N; i += kWarp) difference += fabs(arrived[i] - expected[i]);
       difference = warp_sum(difference);
-      if (!(difference <= ldexp(Real(1), -kSameBits<Real>)) && HMM_MUTATION != 54) wrong += 1;
+      if (!(difference <= ldexp(Real(1), -kSameBits<Real>)) && !HMM_DEFECT(54)) wrong += 1;
     }
   wrong = block_sum<kThreads>(lane == 0 ? wrong : Real(0), part);
   if (threadIdx.x == 0) chunks.done[b] = in_chunks && wrong == 0;

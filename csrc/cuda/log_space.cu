@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kJoinThreads, 1)
   const Sequence<Real> q(p, b);
   const int64_t m = meeting(q.length, true);
   if (m == q.length || (done && done[b])) return;  // the whole block
-  const Real *const before = alpha + (b * p.time + m - 1) * N, *const behind = before + (HMM_MUTATION == 8 ? 0 : N);
+  const Real *const before = alpha + (b * p.time + m - 1) * N, *const behind = before + (HMM_DEFECT(8) ? 0 : N);
   const Real *const arcs = q.arcs(m);
   Real top = negative_infinity<Real>();
   for (int i = warp; i < N; i += kWarps)

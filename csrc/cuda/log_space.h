@@ -70,7 +70,7 @@ __device__ __forceinline__ Real sweep_columns(Ring<Real, Tiled> &ring, const Rea
       if (tile + n > 0) ring.arrive();
       const Chunk<Real, Tiled> chunk = ring.here(arcs, tile, n);
       if (group >= o.groups || column >= chunk.columns) continue;
-      const auto scores = [&](int r) { return chunk[r][column + (HMM_MUTATION == 2)]; };
+      const auto scores = [&](int r) { return chunk[r][column + HMM_DEFECT(2)]; };
       log_sum_arcs(scores, messages + chunk.row, middle, group, o.groups, chunk.rows, top, sum);
     }
     top_c = fmax(top_c, top);
@@ -117,7 +117,7 @@ __device__ __forceinline__ Real sweep_rows(Ring<Real, Tiled> &ring, const Real *
         for (int k = lanes / 2; k > 0; k /= 2) c = fmax(c, __shfl_xor_sync(kAllLanes, c, k));
         sum *= exp(top - or_zero(c));
 #pragma unroll 1
-        for (int k = lanes / 2; k > (HMM_MUTATION == 9); k /= 2) sum += __shfl_xor_sync(kAllLanes, sum, k);
+        for (int k = lanes / 2; k > HMM_DEFECT(9); k /= 2) sum += __shfl_xor_sync(kAllLanes, sum, k);
         top_c = fmax(top_c, c);
         if (lane == 0 && r < chunk.rows) tops[row] = c, sums[row] = sum;
       }
@@ -211,7 +211,7 @@ __device__ __forceinline__ double forward_walk(const Tiling &o, unsigned char *m
   Real ahead = q.next_emission(t, at, column);
   for (bool goes_on = walk.frames > 0; goes_on; t += kStep, at += kStep * N) {
     Frame<Real> frame(q, t, at, column, kAhead, ahead);
-    const bool early = Early && t < warm_up - (HMM_MUTATION == 56);
+    const bool early = Early && t < warm_up - HMM_DEFECT(56);
     Real *const norm_t = early ? arrived + N : norm + at, *const alpha_t = early ? arrived : alpha + at;
     Real *const tops = Large ? norm_t : held.partial_top, *const sums = Large ? alpha_t : held.partial_sum;
     Real top_c = FromEnd ? Real(0) : negative_infinity<Real>();
@@ -225,15 +225,13 @@ __device__ __forceinline__ double forward_walk(const Tiling &o, unsigned char *m
     ahead = kAhead ? q.next_emission(t + kStep, at + kStep * N, column) : Real(0);
     frame.share(held.tops_frame, top_c);
     if (thread % kWarp == 0) held.tops_c[thread / kWarp] = top_c;
-#if HMM_MUTATION != 1
-    __syncthreads();
-#endif
+    if (!HMM_DEFECT(1)) __syncthreads();
     const bool last = t + kStep == end;
     const Real C = or_zero(largest_of(held.tops_c, warps));
     frame.gather(held.tops_frame);
     if (thread == threads - 1) {  // which has nothing else to do, if any has
       if (!early) centre[t] = C;
-      if (!early || HMM_MUTATION == 57) *held.taken += double(C) + double(frame.top_e) + double(frame.top_f);
+      if (!early || HMM_DEFECT(57)) *held.taken += double(C) + double(frame.top_e) + double(frame.top_f);
       if (!Early || t > warm_up) *held.taken += double(middle);
     }
     Real largest = negative_infinity<Real>();

@@ -108,9 +108,7 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks<Real>)
   const bool enters = edges && chunk > 0;
   if (enters && threadIdx.x < kWarp)
     messages_of(norm + at - N, q.emission ? q.emission + (span.first - 1) * N : nullptr, int(N), before);
-#if HMM_MUTATION != 34
-  __syncthreads();
-#endif
+  if (!HMM_DEFECT(34)) __syncthreads();
   const BackwardArrays<Real> x = {alpha + at, norm + at, centre + b * T + span.first, state + span.first * N,
                                   edges ? edges + span.first * N * N : nullptr, enters ? before : nullptr};
   backward_walk<false, Real, false>(o, memory, q.part(span.first, span.frames, nullptr, nullptr), false, g, x);

@@ -158,7 +158,7 @@ __device__ __forceinline__ void backward_walk(const Tiling &o, unsigned char *me
   const int64_t steps = kStep * (last - t);
   const auto arcs_from = [&](int64_t frame) { return q.arcs(ToEnd ? frame + 1 : frame); };
   ring.start(steps > 0 ? arcs_from(t) : q.transition, kStep * q.stride, steps);
-  const auto early = [&](int64_t frame) { return Early && frame >= x.own + (HMM_MUTATION == 60); };
+  const auto early = [&](int64_t frame) { return Early && frame >= x.own + HMM_DEFECT(60); };
   const auto state_of = [&](int64_t frame) {
     return early(frame) ? x.arrived + ((frame - x.own) & 1) * N : x.state + frame * N;
   };
@@ -184,9 +184,7 @@ __device__ __forceinline__ void backward_walk(const Tiling &o, unsigned char *me
     if (thread % kWarp == 0) held.warp_sums[thread / kWarp] = sum;
     const Real rest = meets ? x.centre[q.length - 1] : Real(0);
     const Real *const norm = (meets ? x.alpha : x.norm) + t * N;
-#if HMM_MUTATION != 7
-    __syncthreads();
-#endif
+    if (!HMM_DEFECT(7)) __syncthreads();
     // The mass of gamma is exact: normalising it here keeps rounding errors from adding up over time.
     const Real scale = 1 / sum_of(held.warp_sums, threads / kWarp);
 #pragma unroll 1

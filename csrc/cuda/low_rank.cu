@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   const Factors<Real> factors(f.p, f.p.chain.transition, b);
   const double least = f.p.demands[0];
-  const bool entrywise = f.p.demands[1] == 0 && HMM_MUTATION != 42;
+  const bool entrywise = f.p.demands[1] == 0 && !HMM_DEFECT(42);
   const Real smallest = ldexp(Real(1), Range<Real>::kEntryBits);
   const Real *initial = static_cast<const Real *>(f.p.chain.initial) + b * f.p.chain.initial_batch_stride;
   const Real initial_top = s == 0 ? top_of(initial, N, part) : Real(0);

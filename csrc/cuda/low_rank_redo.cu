@@ -57,9 +57,7 @@ __device__ __forceinline__ double lost_step(const LostSequence<Real> &x, int64_t
   const int N = x.q.states;
   if (t > 0) {
     into_classes(x);
-#if HMM_MUTATION != 41
-    __syncthreads();
-#endif
+    if (!HMM_DEFECT(41)) __syncthreads();
   }
   const Local<Real> local(x.q, t);
   double largest = negative_infinity<double>();
@@ -227,7 +225,7 @@ __global__ void __launch_bounds__(kCountThreads)
     const double score = double(static_cast<const Real *>(p.scores)[b * p.chain.transition_batch_stride + k]);
 #pragma unroll 1
     for (int64_t t = 1; t < q.length; t++) {
-      const int64_t row = t * N + j, before = row - N - (HMM_MUTATION == 44), half = t * R + r;
+      const int64_t row = t * N + j, before = row - N - HMM_DEFECT(44), half = t * R + r;
       const Real arriving = left ? of.posterior[half] : of.state[row];
       if (arriving == 0) continue;
       const double u = joined(of.half[half], of.half_low[half]);

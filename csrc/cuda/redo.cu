@@ -79,9 +79,7 @@ __device__ __forceinline__ double column_sum(const RedoMemory<Real> &held, const
   }
   if (groups == 1) return sum.top + log(double(sum.sum));
   held.partial_top[threadIdx.x] = sum.top, held.partial_sum[threadIdx.x] = sum.sum;
-#if HMM_MUTATION != 4
-  __syncthreads();
-#endif
+  if (!HMM_DEFECT(4)) __syncthreads();
   return threadIdx.x < unsigned(N) ? combine_groups(held.partial_top, held.partial_sum, groups, N, int(threadIdx.x))
                                    : 0;
 }
@@ -222,9 +220,7 @@ __device__ __forceinline__ void redo_walk(const Sequence<Real> &q, unsigned char
       if (N <= kRows) hold(j, j);
     }
     if (t == 0) return;
-#if HMM_MUTATION != 5
-    __syncthreads();
-#endif
+    if (!HMM_DEFECT(5)) __syncthreads();
     sum = 0;
 #pragma unroll 1
     for (int first = 0; first < N; first += kRows) {
@@ -310,7 +306,7 @@ __global__ void __launch_bounds__(256, 2)
       Real sum[kArcsEach] = {};
 #pragma unroll 1
       for (int k = 0; k < held * kArcs; k += kArcs) {
-        const double n = right[k + lane + (HMM_MUTATION == 6)];
+        const double n = right[k + lane + HMM_DEFECT(6)];
         const Real w = weight[k + lane];
 #pragma unroll
         for (int m = 0; m < kArcsEach; m++)

@@ -202,17 +202,15 @@ __global__ void __launch_bounds__(64 * K, 1)
   const auto step = [&](int64_t s, Real &v) {
     if (writer) {
       rows.message(s)[j] = a;
-      if (!InChunks || s >= walk.warm_up - (HMM_MUTATION == 55)) alpha[own] = a;
+      if (!InChunks || s >= walk.warm_up - HMM_DEFECT(55)) alpha[own] = a;
       else if (s == walk.warm_up - 1) chunks.arrived[chunk * N + j] = a;
     }
     const Real sum = sum_of_owners(a);
     if (lane == 0) rows.part(s)[warp] = sum;
-#if HMM_MUTATION != 11
-    __syncthreads();
-#endif
+    if (!HMM_DEFECT(11)) __syncthreads();
     const Real total = sum_of_warps<K>(rows.part(s));
     lost |= !(total >= least);
-    if (InChunks && s == walk.warm_up - 1 && HMM_MUTATION != 51) exponents = 0, lost = !packed.certificate->usable;
+    if (InChunks && s == walk.warm_up - 1 && !HMM_DEFECT(51)) exponents = 0, lost = !packed.certificate->usable;
     if (s == n - 1) {
       if (threadIdx.x == 0) carried->total = double(total);
       return false;
@@ -273,9 +271,7 @@ __global__ void __launch_bounds__(64 * K, 1)
   __syncthreads();
   if (writer && walk.meets) rows.message(-1)[i] = alpha[own - stride];
   if (InChunks && lane == 0) rows.part(-1)[warp] = sum_of_first;
-#if HMM_MUTATION != 15
-  __syncthreads();
-#endif
+  if (!HMM_DEFECT(15)) __syncthreads();
   Real later = InChunks ? 1 / sum_of_warps<K>(rows.part(-1)) : norm[b * T * N];  // 1 / Z; then 2^k of the frame before
 
   // gamma_t and what the next frame needs; a, v and scale hold those of t, then of 3 frames later. Returns false after
@@ -299,9 +295,7 @@ __global__ void __launch_bounds__(64 * K, 1)
     a = more ? alpha[own + ahead] : Real(0), v = more ? w[own + ahead] : Real(0);
     scale = s + 3 < scales ? norm[own_scale + ahead] : Real(1);
     own += stride, own_scale += stride;
-#if HMM_MUTATION != 12
-    __syncthreads();
-#endif
+    if (!HMM_DEFECT(12)) __syncthreads();
     return s + 1 < n;
   };
   for (int64_t s = 0; step(s, a_0, v_0, scale_0) && step(s + 1, a_1, v_1, scale_1) && step(s + 2, a_2, v_2, scale_2);

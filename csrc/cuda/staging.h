@@ -125,9 +125,7 @@ template <class Real, bool Tiled> struct Ring {
   // where there are any, have come later.
   __device__ __forceinline__ void arrive(int copiers = 0) {
     fill(copiers);
-#if HMM_MUTATION != 3
-    copy_wait<kStages - 2>();
-#endif
+    if (!HMM_DEFECT(3)) copy_wait<kStages - 2>();
     __syncthreads();
     used = used + 1 == kStages ? 0 : used + 1;
   }
@@ -170,7 +168,7 @@ template <class Real, bool Tiled> struct Ring {
     const Real *from = arcs + int64_t(c.row) * o.states + c.column;
     const int length = Tiled ? c.columns : c.rows * o.states, runs = Tiled ? c.rows : 1;
     const int pieces = (length + 2 * V - 2) / V;  // of a run, wherever it begins
-    const int stride = int(blockDim.x) - (HMM_MUTATION == 62 ? 0 : first), mine = int(threadIdx.x) - first;
+    const int stride = int(blockDim.x) - (HMM_DEFECT(62) ? 0 : first), mine = int(threadIdx.x) - first;
 #pragma unroll 1
     for (int all = mine; mine >= 0 && all < runs * pieces; all += kPieces * stride) {
       Piece whole[kPieces];

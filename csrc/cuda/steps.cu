@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const Backward<Re
 
 // Behind the steps of a graph.
 __global__ void __launch_bounds__(kWarp) advance_kernel(int64_t *first, int64_t steps) {
-  if (threadIdx.x == 0) *first += steps - (HMM_MUTATION == 43);
+  if (threadIdx.x == 0) *first += steps - HMM_DEFECT(43);
 }
 
 constexpr size_t kShared = carved<double>(kThreads / kWarp) * 2;

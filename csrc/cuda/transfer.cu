@@ -163,7 +163,7 @@ __device__ __forceinline__ void find_shifts(const Memory<States> &held, int colu
 #pragma unroll
   for (int r = 0; r < kTall; r++) {
     up[r] = min(kRowBits - up[r], kMostUp);
-    if (place.tile_column == 0) held.shifts[4 * place.tile_row + r] += HMM_MUTATION == 36 ? 0 : up[r];
+    if (place.tile_column == 0) held.shifts[4 * place.tile_row + r] += HMM_DEFECT(36) ? 0 : up[r];
   }
 }
 
@@ -235,9 +235,7 @@ __global__ void __launch_bounds__(kMost, 2)
       arcs.load(scores += q.stride, N, place.row, place.column);
       if (threadIdx.x < kWarp) emission = emission_of(q, span.first + c + 1);
     }
-#if HMM_MUTATION != 31
-    __syncthreads();
-#endif
+    if (!HMM_DEFECT(31)) __syncthreads();
     float *const then = c % 2 ? held.even : held.odd;
     if (place.has_tile) {
       tile.multiply(now, held.arcs, N, place.tile_row, place.tile_column);
@@ -248,9 +246,7 @@ __global__ void __launch_bounds__(kMost, 2)
     }
     now = then;
     if (!last) put(span.first + c + 1);
-#if HMM_MUTATION != 32
-    __syncthreads();
-#endif
+    if (!HMM_DEFECT(32)) __syncthreads();
   }
   finish(held, now, o.tile_columns, place, N, found.flags(), taken, chunks, b * chunks_of(p) + blockIdx.y);
 }

@@ -117,7 +117,7 @@ template <int S, class Real> struct Matrix {
     for (int k = 0; k < kHeld<S>; k++) held[k] = four[(k / 4 * 4 * kSlices + 4 * slice + k % 4) * kQuads];
     Four<Real> *rows = reinterpret_cast<Four<Real> *>(room.rows);
     for (int k = slice; k < near * kGroupRows; k += kSlices)
-      rows[k * kQuads + quad] = four[(kHeldRows<S> + k) * kQuads + (HMM_MUTATION == 23)];
+      rows[k * kQuads + quad] = four[(kHeldRows<S> + k) * kQuads + HMM_DEFECT(23)];
     near_rows = rows + kGroup * slice * kQuads + quad;
     far_rows = four + (kHeldRows<S> + near * kGroupRows + kGroup * slice) * kQuads;
   }
@@ -253,11 +253,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       room.message[threadIdx.x] = a;
       const Real sum = warp_sum(a);
       const bool any = __any_sync(kAllLanes, suspect);
-      if (own.lane == 0) room.part[own.warp] = sum, room.flags[own.warp] = any && HMM_MUTATION != 24;
+      if (own.lane == 0) room.part[own.warp] = sum, room.flags[own.warp] = any && !HMM_DEFECT(24);
     }
-#if HMM_MUTATION != 21
-    __syncthreads();
-#endif
+    if (!HMM_DEFECT(21)) __syncthreads();
     const Real total = sum_of_parts(room.part, own.s);
     if (s < n) lost |= !(total >= certificate.least);
     if (s == n - 1 && own.j == 0) end_of_walk()->total = double(total);
@@ -280,9 +278,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       lost |= suspect && joined_slices(room.partial, own.s, own.j) > 0;
       if (own.in_range) room.message[threadIdx.x] = a;
       ones = false;
-#if HMM_MUTATION != 25
-      __syncthreads();
-#endif
+      if (!HMM_DEFECT(25)) __syncthreads();
     }
     if (InChunks && s == -1) lost = false;
     if (s == most - 1) break;  // the whole block
@@ -350,9 +346,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Real a = runs ? alpha[at_frame] : Real(0), v = runs ? w[at_frame] : Real(0);
     const Real scale = s < scales ? norm[at_frame - own.j] : Real(1), g = s > first ? sum_of_parts(room.part, own.s) : Real(1);
     matrix.multiply(room);
-#if HMM_MUTATION != 22
-    __syncthreads();
-#endif
+    if (!HMM_DEFECT(22)) __syncthreads();
     if (own.in_range) {
       const Real y = s == first && !walk.meets ? Real(1) : joined_slices(room.partial, own.s, own.j);
       // 1 / g to first order: g is 1 but for a step's rounding.

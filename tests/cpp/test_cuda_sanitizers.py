@@ -1,7 +1,8 @@
 """The kernels for GPUs on the CPU (cuda/on_cpu.h), under AddressSanitizer with UBSan and under ThreadSanitizer.
 
-In several orders of threads; and with defects built in (HMM_MUTATION in csrc/cuda), each of which must be noticed."""
+In several orders of threads; and with defects (HMM_DEFECT in csrc/cuda), each of which must be noticed."""
 
+import functools
 import os
 import re
 import subprocess
@@ -15,71 +16,37 @@ from tests.cpp.cuda import build
 # numbers in each are tests/hmm's.
 ORDERS = {"address": 0, "thread": 1}
 PROGRAMS = sorted(build.HERE.glob("exercise*.cpp"))
-TEXTS = {path: path.read_text() for path in sorted((build.ROOT / "csrc/cuda").iterdir())}
-MUTATIONS = sorted({int(k) for x in TEXTS.values() for k in re.findall(r"HMM_MUTATION [=!]= (\d+)", x)})
-
-
-def included(path: Path) -> set[Path]:
-    """A file of csrc/cuda or a program, and the files of csrc/cuda that it includes, at any depth."""
-    found, text = {path}, path.read_text()
-    for other in TEXTS:
-        if f'"{other.name}"' in text and other != path:
-            found |= included(other)
-    return found
-
-
-def mentions(path: Path, mutation: int) -> bool:
-    return any(re.search(rf"HMM_MUTATION [=!]= {mutation}\b", TEXTS.get(x, "")) for x in included(path))
-
-
-class Built:
-    """Object files and programs for one sanitizer; a mutation compiles again what mentions it."""
-
-    def __init__(self, folder: Path, sanitizer: str):
-        self.folder, self.flags = folder, ["-g1", *build.SANITIZERS[sanitizer]]
-        sources = [*build.LINKED, *PROGRAMS]
-        self.objects = dict(zip(sources, self.compiled("whole", sources, []), strict=True))
-
-    def compiled(self, name: str, sources: list[Path], flags: list[str]) -> list[Path]:
-        return build.compiled(self.folder / name, sources, [*self.flags, *flags])
-
-    def program(self, source: Path, name: str = "whole", objects: dict[Path, Path] | None = None) -> Path:
-        """A program, linked with all kernels and what executes them."""
-        objects, found = objects or self.objects, self.folder / name / source.stem
-        parts = [objects[x] for x in (source, *build.LINKED)]
-        build.run([build.compiler(), *self.flags, *parts, "-o", found])
-        return found
-
-    def mutated(self, mutation: int, program: str) -> Path:
-        """A program with a defect."""
-        source = build.HERE / f"{program}.cpp"
-        changed = [x for x in build.SOURCES if mentions(x, mutation)]
-        made = self.compiled(f"mutation{mutation}", changed, [f"-DHMM_MUTATION={mutation}"])
-        return self.program(source, f"mutation{mutation}", self.objects | dict(zip(changed, made, strict=True)))
+DEFECTS = sorted(
+    {int(k) for x in (build.ROOT / "csrc/cuda").iterdir() for k in re.findall(r"HMM_DEFECT\((\d+)\)", x.read_text())}
+)
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    made = {}
+def programs(tmp_path_factory):
+    """The programs under a sanitizer, by name; each is linked with all kernels and what executes them."""
 
-    def get(sanitizer: str) -> Built:
-        if sanitizer not in made:
-            made[sanitizer] = Built(tmp_path_factory.mktemp(sanitizer), sanitizer)
-        return made[sanitizer]
+    @functools.cache
+    def built(sanitizer: str) -> dict[str, Path]:
+        folder, flags = tmp_path_factory.mktemp(sanitizer), ["-g1", *build.SANITIZERS[sanitizer]]
+        objects = build.compiled(folder, [*build.LINKED, *PROGRAMS], flags)
+        kernels, own = objects[: len(build.LINKED)], objects[len(build.LINKED) :]
+        made = {x.stem: folder / x.stem for x in own}
+        build.two_at_a_time(lambda x: build.run([build.compiler(), *flags, x, *kernels, "-o", made[x.stem]]), own)
+        return made
 
-    return get
+    return built
 
 
-def execute(program: Path, schedule: int) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "HMM_SCHEDULE": str(schedule), "TSAN_OPTIONS": "halt_on_error=1"}
-    return subprocess.run([program], capture_output=True, text=True, env=environment, timeout=500)
+def execute(program: Path, schedule: int, defect: int = 0) -> subprocess.CompletedProcess:
+    own = {"HMM_SCHEDULE": str(schedule), "HMM_DEFECT": str(defect), "TSAN_OPTIONS": "halt_on_error=1"}
+    return subprocess.run([program], capture_output=True, text=True, env=os.environ | own, timeout=500)
 
 
-def test_no_sanitizer_finds_anything(built):
-    programs = {sanitizer: [built(sanitizer).program(source) for source in PROGRAMS] for sanitizer in ORDERS}
+def test_no_sanitizer_finds_anything(programs):
+    made = {sanitizer: programs(sanitizer) for sanitizer in ORDERS}
 
     def execute_all(sanitizer):
-        for program in programs[sanitizer]:
+        for program in made[sanitizer].values():
             done = execute(program, ORDERS[sanitizer])
             assert done.returncode == 0, f"{sanitizer}, {program.name}:\n{done.stdout}{done.stderr}"[:8000]
 
@@ -134,10 +101,10 @@ NOTICED_BY = {
 
 
 def test_every_defect_is_listed():
-    assert list(NOTICED_BY) == MUTATIONS
+    assert list(NOTICED_BY) == DEFECTS
 
 
-@pytest.mark.parametrize("mutation", NOTICED_BY)
-def test_a_defect_is_noticed(built, mutation):
-    sanitizer, program = NOTICED_BY[mutation]
-    assert execute(built(sanitizer).mutated(mutation, program), schedule=1).returncode
+@pytest.mark.parametrize("defect", NOTICED_BY)
+def test_a_defect_is_noticed(programs, defect):
+    sanitizer, program = NOTICED_BY[defect]
+    assert execute(programs(sanitizer)[program], schedule=1, defect=defect).returncode

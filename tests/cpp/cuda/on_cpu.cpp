@@ -35,6 +35,12 @@ void AnnotateIgnoreWritesEnd(const char *, int);
 namespace on_cpu {
 
 int shared_memory_limit = 64 * 1024, multiprocessors = 68;
+
+int number_in(const char *variable) {
+  const char *value = getenv(variable);
+  return value ? atoi(value) : 0;
+}
+const int defect = number_in("HMM_DEFECT");
 Thread *current = nullptr;
 dim3 grid, block;
 
@@ -295,9 +301,9 @@ void launch(void *kernel, dim3 of_grid, dim3 of_block, size_t shared, const std:
   if (threads == 0 || threads > 1024 || threads % 32) fail("a block of %u threads", threads);
   if (shared > size_t(shared_memory_limit)) fail("%zu bytes of shared memory, the device has %d", shared, shared_memory_limit);
   if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) fail("a grid of %u %u %u", grid.x, grid.y, grid.z);
-  const char *seed = getenv("HMM_SCHEDULE");
-  random_order = seed && atoi(seed);
-  std::mt19937 random(seed ? atoi(seed) : 0);
+  const int seed = number_in("HMM_SCHEDULE");
+  random_order = seed > 0;
+  std::mt19937 random(seed);
   release(&launched);
 #ifdef __SANITIZE_THREAD__
   scheduler_sanitizer = __tsan_get_current_fiber();

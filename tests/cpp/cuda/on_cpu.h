@@ -10,6 +10,7 @@
 //   - HMM_SCHEDULE=n (n > 0) resumes threads in a random order, n being the seed, and does every other copy at once as
 //     well, where others may still read; 0 or unset, by index.
 //   - on_cpu::shared_memory_limit and multiprocessors are those of the device to be imitated.
+//   - HMM_DEFECT=k has the kernels make the k-th mistake, HMM_DEFECT(k) in their sources.
 //   - HMM_LAUNCHES names a file to which every launch adds its kernel's place in this program, and its shared memory.
 //
 // Not imitated: the rounding of CUDA's own expf and logf, fences and order between blocks, clusters, tensor cores. x86-64.
@@ -68,6 +69,7 @@ namespace on_cpu {
 
 extern int shared_memory_limit;  // of a block: what sm_75 has, the least of all
 extern int multiprocessors;
+extern const int defect;
 
 // The thread that runs.
 struct Thread {
@@ -110,6 +112,7 @@ inline int reduce_max(int line, unsigned mask, int x) {
 #define blockIdx (on_cpu::current->block)
 #define blockDim (on_cpu::block)
 #define gridDim (on_cpu::grid)
+#define HMM_DEFECT(k) (on_cpu::defect == (k))
 #define __syncthreads() on_cpu::sync_threads(__LINE__)
 #define __syncwarp() on_cpu::sync_warp(__LINE__)
 #define __shfl_xor_sync(mask, x, lanes) on_cpu::shuffle(__LINE__, mask, x, on_cpu::current->lane ^ (lanes))
