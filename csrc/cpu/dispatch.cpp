@@ -5,6 +5,7 @@
 #include <cstring>
 #include <new>
 #include <numeric>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -22,16 +23,16 @@ namespace {
 
 const InstructionSet &chosen() {
   static const InstructionSet *set = [] {
-#ifdef HMM_X86
     // HMM_SPEECH_ISA=avx2 or portable runs less than the CPU has, for tests and comparisons.
-    const char *wish = std::getenv("HMM_SPEECH_ISA");
-    const bool any = !wish || !*wish;
-    __builtin_cpu_init();
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (avx512 && (any || !std::strcmp(wish, "avx512"))) return &hmm_avx512;
-    if (avx2 && (any || std::strcmp(wish, "portable"))) return &hmm_avx2;
+    const char *named = std::getenv("HMM_SPEECH_ISA");
+    [[maybe_unused]] const std::string wish = named ? named : "";
+#ifdef HMM_AVX512
+    if ((wish.empty() || wish == "avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+      return &hmm_avx512;
+#endif
+#ifdef HMM_AVX2
+    if (wish != "portable" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &hmm_avx2;
 #endif
     return &hmm_portable;
   }();

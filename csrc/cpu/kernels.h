@@ -65,7 +65,4 @@ struct InstructionSet {
   ActiveKernels<double> active_f64;
 };
 
-extern const InstructionSet hmm_portable;
-#ifdef HMM_X86
-extern const InstructionSet hmm_avx2, hmm_avx512;
-#endif
+extern const InstructionSet hmm_portable, hmm_avx2, hmm_avx512;  // of the latter, those that are built
