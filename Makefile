@@ -35,8 +35,18 @@ lint: .venv/installed
 	  SUDO=$$(test "$$(id -u)" = 0 || echo sudo); \
 	  $$SUDO apt-get update && $$SUDO apt-get install -y python3-venv && $(PYTHON) -m venv .venv; }
 
+# What .[dev] depends on, a line each. Python 3.10 has no reader of TOML but pip's.
+LIST := import sys; \
+  toml = __import__("tomllib" if sys.version_info >= (3, 11) else "pip._vendor.tomli", fromlist=["load"]); \
+  project = toml.load(open("pyproject.toml", "rb"))["project"]; \
+  print(*project["dependencies"], *project["optional-dependencies"]["dev"], sep="\n")
+
+# One core unpacks packages, minutes for torch, while the others compile the library.
 .venv/installed: .venv/bin/pip pyproject.toml $(wildcard csrc/CMakeLists.txt csrc/*/*)
-	$(BIN)/pip install --no-compile --editable '.[dev]'
+	$(BIN)/python -c '$(LIST)' > .venv/requirements.txt
+	$(BIN)/pip install --no-compile --no-deps --editable . & library=$$!; \
+	$(BIN)/pip install --no-compile --requirement .venv/requirements.txt; packages=$$?; \
+	wait $$library && exit $$packages
 	touch $@
 
 clean:

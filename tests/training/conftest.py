@@ -1,6 +1,9 @@
 """Runs of train.py inside the test process, on synthetic data and small networks."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +33,15 @@ def composed(run: Path, *overrides: str) -> DictConfig:
     with open_dict(config):
         del config.hydra
     return config
+
+
+def train_in_two_processes(folder: Path, *overrides: str) -> None:
+    """Run train.py with overrides in a run folder, as Lightning's DDP on the CPU."""
+    line = [sys.executable, str(CLONE / "train.py"), *SMALL, *overrides, f"hydra.run.dir={folder}"]
+    line += ["trainer=ddp_cpu", "trainer.devices=2"]
+    environment = os.environ | {"PYTHONPATH": str(CLONE), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, cwd=folder.parent, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="session")

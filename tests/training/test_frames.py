@@ -1,9 +1,6 @@
 """Whole runs over frames, and what the commands make of their checkpoints."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +20,7 @@ from hmm_speech.errors import UserError
 from hmm_speech.module import SpeechHMM
 from hmm_speech.report import learning_curve
 
-from .conftest import composed
+from .conftest import composed, train_in_two_processes
 from .test_run import Kill, assert_same, checkpoint
 
 Train = Callable[..., None]
@@ -165,19 +162,13 @@ def test_gradients_train_gaussians_too(tmp_path: Path, train: Train) -> None:
     assert bits[-1] < bits[0]
 
 
-def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
-    found = []
-    for name, trainer in (("one", ["trainer=cpu"]), ("two", ["trainer=ddp_cpu", "trainer.devices=2"])):
-        line = [
-            sys.executable, str(CLONE / "train.py"), "debug=tiny", "data.utterances=33", *EM, "figures=false",
-            "trainer.max_epochs=2", f"hydra.run.dir={tmp_path / name}", *trainer,
-        ]  # fmt: skip
-        environment = os.environ | {"PYTHONPATH": str(CLONE), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        found.append(checkpoint(tmp_path / name, "best")["state_dict"])
-    for key in found[0]:
-        torch.testing.assert_close(found[1][key], found[0][key], rtol=1e-4, atol=1e-5)
+def test_two_processes_take_the_steps_of_one(tmp_path: Path, train: Train) -> None:
+    overrides = ("data.utterances=33", *EM, "trainer.max_epochs=2")
+    train(tmp_path / "one", *overrides, networks=False)
+    train_in_two_processes(tmp_path / "two", *overrides)
+    one, two = (checkpoint(tmp_path / name, "best")["state_dict"] for name in ("one", "two"))
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-5)
 
 
 def test_annealed_em_ends_where_the_data_are_likely(tmp_path: Path, train: Train) -> None:

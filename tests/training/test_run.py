@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +11,12 @@ import torch
 
 from hmm_speech.callbacks import ClusterInitialisation
 from hmm_speech.checkpoint import load
-from hmm_speech.configuration import CLONE
 from hmm_speech.data.batching import collate
 from hmm_speech.data.datamodule import SyntheticDataModule
 from hmm_speech.errors import UserError
 from hmm_speech.module import SpeechHMM
 
-from .conftest import NETWORKS
+from .conftest import NETWORKS, train_in_two_processes
 
 Train = Callable[..., None]
 
@@ -120,23 +116,15 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path: Path, t
     assert not torch.equal(first["emission.output.weight"], other["emission.output.weight"])
 
 
-def test_processes_count_each_test_frame_once(tmp_path: Path) -> None:
+def test_processes_count_each_test_frame_once(tmp_path: Path, train: Train) -> None:
     """Two processes: the EM run of one process, to the last digits, and the same number of test frames."""
-    found = []
-    for name, trainer in (("one", ["trainer=cpu"]), ("two", ["trainer=ddp_cpu", "trainer.devices=2"])):
-        command = [
-            sys.executable, str(CLONE / "train.py"), "debug=tiny", "data.utterances=33", "emission=table",
-            "transition=table", "optimizer=em", "figures=false", "trainer.max_epochs=2",
-            f"hydra.run.dir={tmp_path / name}",
-            *trainer,
-        ]  # fmt: skip
-        environment = os.environ | {"PYTHONPATH": str(CLONE), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        found.append(json.loads((tmp_path / name / "metrics.json").read_text()))
-    assert found[0]["frames"] == found[1]["frames"]
-    assert found[1]["bits_per_frame"] == pytest.approx(found[0]["bits_per_frame"], rel=1e-5)
-    assert found[1]["states"] == found[0]["states"]
+    overrides = ("data.utterances=33", "emission=table", "transition=table", "optimizer=em", "trainer.max_epochs=2")
+    train(tmp_path / "one", *overrides, networks=False)
+    train_in_two_processes(tmp_path / "two", *overrides)
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert one["frames"] == two["frames"]
+    assert two["bits_per_frame"] == pytest.approx(one["bits_per_frame"], rel=1e-5)
+    assert two["states"] == one["states"]
 
 
 def test_checkpoints_are_plain_and_what_is_not_allowed_is_refused(tmp_path: Path, train: Train) -> None:

@@ -292,7 +292,7 @@ template <class Real> void all() {
   const double far = sizeof(Real) == 4 ? 2e-3 : 1e-9;  // of scores about 1000, whose messages' spacing is 6e-5
   for (int N : {1, 2, 3, 31, 32, 33, 50, 64, 97, 130})
     for (Kind kind : {kShared, kPerSequence, kTimeVarying}) {
-      const int B = kSlow ? 3 : N > 64 ? 4 : 8, T = kSlow ? (kind == kTimeVarying ? 5 : 3) : N > 32 ? 4 : 7;
+      const int B = kSlow ? 3 : N > 32 ? 4 : 8, T = kSlow ? (kind == kTimeVarying ? 5 : 3) : N > 32 ? 4 : 7;
       if (kSlow && ((N + int(kind)) % 3 || N == 97)) continue;
       Exercise<Real>({.B = B, .T = T, .N = N, .kind = kind, .shift = N % 4});
       if (kSlow || (kind == kShared && N > 64)) continue;
