@@ -181,14 +181,6 @@ def test_units_of_another_quantizer_are_refused(tmp_path):
             assert len(read_corpus(model, tmp_path / "units.parquet").utterances) == 6
 
 
-def test_a_model_does_not_go_on_from_another(trained):
-    command = [sys.executable, str(ROOT / "train.py"), f"data.path={trained[1]}", "topology.labels=5"]
-    command.append(f"ckpt_path={trained[0] / 'checkpoints/last.ckpt'}")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "cannot be resumed" in done.stderr and "Traceback" not in done.stderr
-    assert "'labels': 4" in done.stderr and "'labels': 5" in done.stderr
-
-
 def test_an_interrupted_run_says_how_it_goes_on(trained, tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), f"data.path={trained[1]}", f"hydra.run.dir={tmp_path / 'run'}"]
     command += [

@@ -108,6 +108,13 @@ def test_more_epochs_stretch_the_schedule(tmp_path: Path, train: Train) -> None:
     assert checkpoint(tmp_path / "run", "last")["epoch"] == 1
 
 
+def test_a_model_does_not_go_on_from_another(tmp_path: Path, train: Train) -> None:
+    train(tmp_path / "run", "trainer.max_epochs=1")
+    with pytest.raises(UserError, match=r"cannot be resumed, .*'labels': 8.*this run has .*'labels': 5"):
+        train(tmp_path / "other", "topology.labels=5", f"ckpt_path={tmp_path}/run/checkpoints/last.ckpt")
+    assert not (tmp_path / "other" / "checkpoints").exists()
+
+
 def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path: Path, train: Train) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         train(tmp_path / name, f"seed={seed}", "trainer.max_epochs=1")

@@ -292,7 +292,7 @@ template <class Real> void all() {
   const double far = sizeof(Real) == 4 ? 2e-3 : 1e-9;  // of scores about 1000, whose messages' spacing is 6e-5
   for (int N : {1, 2, 3, 31, 32, 33, 50, 64, 97, 130})
     for (Kind kind : {kShared, kPerSequence, kTimeVarying}) {
-      const int B = kSlow ? 3 : N > 32 ? 4 : 8, T = kSlow ? (kind == kTimeVarying ? 5 : 3) : N > 32 ? 4 : 7;
+      const int B = kSlow ? 3 : N > 32 ? 4 : 8, T = kSlow ? (kind == kTimeVarying && N <= 64 ? 5 : 3) : N > 32 ? 4 : 7;
       if (kSlow && ((N + int(kind)) % 3 || N == 97)) continue;
       Exercise<Real>({.B = B, .T = T, .N = N, .kind = kind, .shift = N % 4});
       if (kSlow || (kind == kShared && N > 64)) continue;
@@ -347,7 +347,7 @@ template <class Real> void invalid_sum() {
 }
 
 template <class Real> void large() {
-  if (!kSlow || sizeof(Real) == 4) Exercise<Real>({.B = 1, .T = 4, .N = 515, .kind = kTimeVarying, .shift = 1, .samples = 1});
+  if (!kSlow || sizeof(Real) == 4) Exercise<Real>({.B = 1, .T = kSlow ? 3 : 4, .N = 515, .kind = kTimeVarying, .shift = 1, .samples = 1});
   if (!kSlow) Exercise<Real>({.B = 1, .T = 2, .N = 1030, .kind = kShared, .samples = 1});  // more than a tile of messages
 }
 
