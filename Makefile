@@ -46,7 +46,8 @@ LIST := import sys; \
 	$(BIN)/python -c '$(LIST)' > .venv/requirements.txt
 	$(BIN)/pip install --no-compile --no-deps --editable . & library=$$!; \
 	$(BIN)/pip install --no-compile --requirement .venv/requirements.txt; packages=$$?; \
-	wait $$library && exit $$packages
+	wait $$library || { echo "the library was not built; why is said above, among the packages" >&2; exit 1; }; \
+	exit $$packages
 	touch $@
 
 clean:
