@@ -153,7 +153,7 @@ bool forward_active(const ActiveSequence<Real> &q, Blocks<Real> &blocks, ActiveR
                     double &log_partition) {
   constexpr int W = kLanes<Real>;
   const int64_t K = q.slots, L = q.length;
-  const double least = std::exp2(Range<Real>::kLeastSumBits), low = std::exp2(kLowestTopBits), high = std::exp2(kTopBits + 1);
+  const double least = std::exp2(Range<Real>::kLeastSumBits);
   log_partition = 0;
   if (L == 0) return true;
   Frame<Real> from, to = q.frame(0), next = to;
@@ -178,14 +178,7 @@ bool forward_active(const ActiveSequence<Real> &q, Blocks<Real> &blocks, ActiveR
       total = forward_step(block, (const Real *)out - K, from.count, (const Real *)rows.w, to.count, K, out);
     }
     if (!(total >= least)) return false;  // infeasible, lost or NaN: log space tells which
-    if (total >= low && total < high) continue;
-    int exponent;
-    std::frexp(total, &exponent);
-    const int up = kTopBits + 1 - exponent;
-    const Real scale = std::ldexp(Real(1), up);
-    for (int64_t j = 0; j < K; j += W) store_part(out + j, K - j, load_part(out + j, K - j, Real(0)) * scale);
-    taken -= up * kLn2;
-    total = std::ldexp(total, up);
+    if (!stands(total)) taken -= rescale(out, total, K, K) * kLn2;
   }
   log_partition = taken + std::log(total);
   return true;

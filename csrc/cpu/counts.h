@@ -10,13 +10,14 @@ namespace {
 template <class Real> struct Counts {
   static constexpr int kTall = kMostRows, kColumns = kPanel<Real>;  // of the register tile
   static constexpr int kDepth = 256;                                // frames a block
+  static constexpr int kPitch = kDepth + 4;  // of panels: a frame goes to lines that do not lie a power of two apart
   const int64_t N, padded;
   const Real grad_scale;  // a power of two that brings the largest |grad| near 1, so that products stay in range
   Scratch<Real> sum, left, right;  // left and right: panels of a tile's rows and columns, a slot a row
 
   Counts(int64_t n, const Real *grad, int64_t batch)
       : N(n), padded(round_up(n, kColumns)), grad_scale(scale_of(grad, batch)), sum(round_up(n, kTall) * padded, false),
-        left(round_up(n, kTall) * kDepth, false), right(padded * kDepth, false) {}
+        left(round_up(n, kTall) * kPitch, false), right(padded * kPitch, false) {}
   bool allocated() const { return sum.data && left.data && right.data; }
 
   static Real scale_of(const Real *grad, int64_t batch) {
@@ -30,17 +31,17 @@ template <class Real> struct Counts {
     constexpr int W = kLanes<Real>;
     scale *= std::ldexp(Real(1), -kTopBits);  // so that the products stay in range; finish() takes it back
     int64_t i = 0;
-    for (; i + kTall <= N; i += kTall) std::memcpy(left + i * kDepth + slot * kTall, a + i, kTall * sizeof(Real));
-    for (int64_t m = i; m < N; m++) left[i * kDepth + slot * kTall + m - i] = a[m];
+    for (; i + kTall <= N; i += kTall) std::memcpy(left + i * kPitch + slot * kTall, a + i, kTall * sizeof(Real));
+    for (int64_t m = i; m < N; m++) left[i * kPitch + slot * kTall + m - i] = a[m];
     for (int64_t j = 0; j < padded; j += W)
-      store(right + j / kColumns * kColumns * kDepth + slot * kColumns + j % kColumns, load(u + j) * scale);
+      store(right + j / kColumns * kColumns * kPitch + slot * kColumns + j % kColumns, load(u + j) * scale);
   }
 
   // sum(i.., j..) += left(:, i..)^T right(:, j..) for Rows rows, one tile of columns and `frames` slots.
   template <int Rows> void tile(int64_t i, int64_t j, int64_t frames, bool begun) {
     constexpr int W = kLanes<Real>, B = kColumns / W;
     Vec<Real> acc[Rows][B] = {};
-    const Real *x = left + i / kTall * kTall * kDepth + i % kTall, *y = right + j * kDepth;
+    const Real *x = left + i / kTall * kTall * kPitch + i % kTall, *y = right + j * kPitch;
     for (int64_t k = 0; k < frames; k++) {
       Vec<Real> column[B];
 #pragma GCC unroll 4

@@ -120,8 +120,8 @@ void low_rank_forward_group(const hmm_low_rank &p, const TwoFactors<Real> &facto
       });
     for (int m = 0; m < running; m++) {
       if (!(total[m] >= p.least)) flag[m] = true;  // infeasible, lost or NaN: the caller finds out which
-      else if (!(total[m] >= std::ldexp(1., kLowestTopBits) && total[m] < std::ldexp(1., kTopBits + 1)))
-        ends.taken[m] -= rescale(out[m], total[m], N) * kLn2;
+      else if (!stands(total[m]))
+        ends.taken[m] -= rescale(out[m], total[m], N, N * R) * kLn2;
       if (t == group.length[m] - 1) ends.total[m] = total[m];
     }
   }

@@ -77,22 +77,24 @@ template <class Real> HMM_INLINE Real frame_top(const Real *emission, const Real
 // w = exp(e + shift - top). A forbidden state gets 0, an allowed one at least 2^-126, so that the two stay apart. Writes N
 // numbers; what pads w is left alone. Large scores may cancel, where `wide` the sum is compensated (Knuth's two-sum).
 template <class Real>
-HMM_INLINE void frame_weights(const Real *emission, const Real *shift, bool wide, Real top, int64_t N, Real *w) {
+HMM_APART void frame_weights(const Real *emission, const Real *shift, bool wide, Real top, int64_t N, Real *w) {
   constexpr int W = kLanes<Real>;
   const Real ninf = kNegativeInfinity<Real>;
-  for (int64_t j = 0; j < N; j += W) {
-    const Vec<Real> e = emission ? load_part(emission + j, N - j, ninf) : Vec<Real>{};
-    Vec<Real> sum = e - top;
-    if (shift && !wide) sum += load(shift + j);
-    if (shift && wide) {
-      const Vec<Real> s = load(shift + j), part = sum - e, whole = sum + s, other = whole - sum;
-      const Vec<Real> lost = ((e - (sum - part)) + (-top - part)) + ((sum - (whole - other)) + (s - other));
-      sum = whole + lost;
-    }
-    Vec<Real> x = exp<Real>(sum);
-    x = x < kTiny<Real> ? splat(kTiny<Real>) : x;
-    store_part(w + j, N - j, e == ninf ? Vec<Real>{} : x);
-  }
+  const auto weights = [&](auto sum) __attribute__((always_inline)) {
+    const auto some = [&](int64_t j) __attribute__((always_inline)) {
+      const Vec<Real> e = emission ? load_part(emission + j, N - j, ninf) : Vec<Real>{};
+      store_part(w + j, N - j, e == ninf ? Vec<Real>{} : lifted_exp<Real>(sum(e, j)));
+    };
+    int64_t j = 0;
+    for (; N - j >= W; j += W) some(j);
+    if (j < N) some(j);
+  };
+  if (!shift) return weights([&](Vec<Real> e, int64_t) __attribute__((always_inline)) { return e - top; });
+  if (!wide) return weights([&](Vec<Real> e, int64_t j) __attribute__((always_inline)) { return e - top + load(shift + j); });
+  weights([&](Vec<Real> e, int64_t j) __attribute__((always_inline)) {
+    const Vec<Real> sum = e - top, s = load(shift + j), part = sum - e, whole = sum + s, other = whole - sum;
+    return whole + (((e - (sum - part)) + (-top - part)) + ((sum - (whole - other)) + (s - other)));
+  });
 }
 
 // w *= f, where allowed states stay at least 2^-126.
@@ -190,15 +192,14 @@ HMM_INLINE void first_message(const Sequence<Real> &q, bool mixing, bool from_en
   }
 }
 
-// Brings a message (N) and its sum back to [2^30, 2^31) by a power of two; returns its exponent.
-template <class Real> int rescale(Real *message, double &total, int64_t N) {
+// Brings a message (N) and its sum back into their range by a power of two; returns its exponent. growth: by how much the
+// chain's step can multiply a sum.
+template <class Real> int rescale(Real *message, double &total, int64_t N, int64_t growth) {
   constexpr int W = kLanes<Real>;
-  int exponent;
-  std::frexp(total, &exponent);
-  const int up = kTopBits + 1 - exponent;
-  const Real scale = std::ldexp(Real(1), up);
+  const int up = rescaling(total, growth);
+  const Real scale = power_of_two<Real>(up);
   for (int64_t j = 0; j < N; j += W) store_part(message + j, N - j, load_part(message + j, N - j, Real(0)) * scale);
-  total = std::ldexp(total, up);
+  total *= double(scale);
   return up;
 }
 

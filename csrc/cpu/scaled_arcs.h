@@ -39,7 +39,9 @@
 //     reachable if an allowed arc leads to it from a state whose message is not 0; then the sequence is redone (redo.h). A
 //     zero sum alone would not show that, since a state that was lost may win later.
 // Backward, messages satisfy sum a b = 1; with a in [2^-94, 2^31] and s_t >= 2^-18 an entry that is lost has a
-// posterior below 2^(31 - 126 + 30 + 18) = 2^-47. Double precision: the same with the bits of Range<double>.
+// posterior below 2^(31 - 126 + 30 + 18) = 2^-47. And none overflows: where a sum grew by N at most, rescaling takes
+// 7 + log N bits off a and adds them to b of the frame before, so that b < 2^(94 + 2 (7 + 10)) for N of up to 1024 and,
+// with one bit for seven, 2^(94 + 2 (1 + log N)) for more. Double precision: the same with the bits of Range<double>.
 //
 // From both ends, the same holds with the roles exchanged. (mixing) Every A(i, j) is in [2^-R, 1], hence those of a row
 // too differ by R bits at most, and so do the forward scores of any two states, by which what b loses is weighted.
@@ -47,6 +49,7 @@
 // at most 2^31; so Z may lack N^2 2^-95, and Z >= N^2 2^-65 is demanded of sequences that keep the result: 30 bits. If
 // either half or the join fails, the sequence is redone as a whole.
 #pragma once
+#include <bit>
 #include <cmath>
 #include <cstring>
 
@@ -62,8 +65,20 @@ template <> struct Range<float> {
 template <> struct Range<double> {
   static constexpr int kSmallestBits = -1022, kEntryBits = -960, kArcBits = -980, kLeastSumBits = -370, kPrecision = 53;
 };
-// Messages are rescaled to a sum in [2^30, 2^31) when it leaves [2^18, 2^31): once in some ten frames of typical speech.
-constexpr int kTopBits = 30, kLowestTopBits = 18;
+// Messages are rescaled when their sum leaves [2^18, 2^31): to [2^30, 2^31) where it fell and, where a step multiplies it by
+// 1024 at most, to [2^24, 2^25) where it grew, either way once in some frames, not in each.
+constexpr int kTopBits = 30, kGrownBits = 24, kLowestTopBits = 18;
+constexpr int64_t kGrowing = 1024;
+inline bool stands(double total) { return total >= double(1 << kLowestTopBits) && total < 2. * (1 << kTopBits); }
+
+// log2 of the power of two that does so; total is positive and normal.
+inline int rescaling(double total, int64_t growth) {
+  const int exponent = int(std::bit_cast<uint64_t>(total) >> 52) - 1023;
+  return (exponent > kTopBits && growth <= kGrowing ? kGrownBits : kTopBits) - exponent;
+}
+template <class Real> Real power_of_two(int exponent);  // within the normal numbers
+template <> inline float power_of_two(int exponent) { return std::bit_cast<float>(uint32_t(exponent + 127) << 23); }
+template <> inline double power_of_two(int exponent) { return std::bit_cast<double>(uint64_t(exponent + 1023) << 52); }
 // Halves must meet in 2^-65 N^2 (float): see (joined).
 template <class Real> constexpr int kLeastJoinedBits = Range<Real>::kSmallestBits + kTopBits + 1 + Range<Real>::kPrecision + 6;
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -30,6 +31,7 @@ template <> struct Simd<float> {
   static constexpr int32_t kOne = 0x3f800000;
   static constexpr float kRound = 12582912.f;      // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float kLowest = -87.33654f;     // log of the smallest normal number
+  static constexpr float kFlushed = -88.f;         // 2^-127 or less: 0 here
   static constexpr float kHighest = 88.f;
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
 };
@@ -41,6 +43,7 @@ template <> struct Simd<double> {
   static constexpr int64_t kOne = 0x3ff0000000000000;
   static constexpr double kRound = 6755399441055744.0;
   static constexpr double kLowest = -708.39641853226408;
+  static constexpr double kFlushed = -709.;
   static constexpr double kHighest = 709.;
   static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
 };
@@ -305,29 +308,43 @@ template <class Real> HMM_INLINE Vec<Real> polynomial_of_exp(Vec<Real> r) {
     return p;
   }
 }
-template <class Real> HMM_INLINE Vec<Real> exp(Vec<Real> x) {
+// The same for x within the range where nothing overflows and n is -127 (double: -1023) at least, for which it is 0.
+template <class Real> HMM_INLINE Vec<Real> exp_within(Vec<Real> x) {
   using S = Simd<Real>;
-#if defined(__AVX512F__)
-  if constexpr (sizeof(Real) == 4) {  // scalef does the last step without integer arithmetic, and flushes by itself
-    __m512 y = _mm512_max_ps(_mm512_set1_ps(-150.f), (__m512)x);
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(y, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(S::kLn2High), y);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(S::kLn2Low), r);
-    return (Vec<float>)_mm512_scalef_ps((__m512)polynomial_of_exp<float>((Vec<float>)r), n);
-  }
-#endif
-  Vec<Real> y = larger(splat(S::kLowest), x);
-  y = y > S::kHighest ? splat(S::kHighest) : y;
-  Vec<Real> t = y * Real(1.4426950408889634) + S::kRound;
+  Vec<Real> t = x * Real(1.4426950408889634) + S::kRound;
   Vec<Real> n = t - S::kRound;
-  Vec<Real> r = (y - n * S::kLn2High) - n * S::kLn2Low;
+  Vec<Real> r = (x - n * S::kLn2High) - n * S::kLn2Low;
   Int<Real> bits;
   std::memcpy(&bits, &t, sizeof bits);
   bits = (bits << S::kMantissa) + S::kOne;
   Vec<Real> power;
   std::memcpy(&power, &bits, sizeof power);
-  Vec<Real> e = polynomial_of_exp<Real>(r) * power;
+  return polynomial_of_exp<Real>(r) * power;
+}
+#if defined(__AVX512F__)
+HMM_INLINE Vec<float> exp_by_scalef(Vec<float> x) {  // which needs no integer arithmetic, and flushes by itself
+  __m512 y = _mm512_max_ps(_mm512_set1_ps(-150.f), (__m512)x);
+  __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(y, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(Simd<float>::kLn2High), y);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(Simd<float>::kLn2Low), r);
+  return (Vec<float>)_mm512_scalef_ps((__m512)polynomial_of_exp<float>((Vec<float>)r), n);
+}
+#endif
+template <class Real> HMM_INLINE Vec<Real> exp(Vec<Real> x) {
+  using S = Simd<Real>;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Real) == 4) return exp_by_scalef(x);
+#endif
+  const Vec<Real> y = larger(splat(S::kLowest), x), e = exp_within<Real>(y > S::kHighest ? splat(S::kHighest) : y);
   return x < S::kLowest ? Vec<Real>{} : e;
+}
+// exp(x) for x up to 1, lifted to the smallest normal number where it is less, at -inf too. FlushToZero must live.
+template <class Real> HMM_INLINE Vec<Real> lifted_exp(Vec<Real> x) {
+  const Vec<Real> least = splat(std::numeric_limits<Real>::min());
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Real) == 4) return larger(least, exp_by_scalef(x));
+#endif
+  return larger(least, exp_within<Real>(larger(splat(Simd<Real>::kFlushed), x)));
 }
 
 // log(x) for positive normal x. Float: mantissa in [1/sqrt(2), sqrt(2)) and Cephes' logf polynomial. Double: libm, lane

@@ -102,8 +102,8 @@ template <class Real> struct ForwardWalk {
     double total = 0;
     for (int c = 0; c < chunks; c++) total += parts[c].total[m], ends.lost[m] |= parts[c].lost[m];
     if (!(total >= arcs.least_sum)) ends.lost[m] = true;  // infeasible, lost or NaN: redo.h tells which
-    else if (!(total >= std::ldexp(1., kLowestTopBits) && total < std::ldexp(1., kTopBits + 1)))
-      ends.taken[m] -= rescale(message(m, t), total, N) * kLn2;
+    else if (!stands(total))
+      ends.taken[m] -= rescale(message(m, t), total, N, N) * kLn2;
     if (t == group.length[m] - 1) ends.total[m] = total;
   }
 };

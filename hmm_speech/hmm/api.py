@@ -114,8 +114,10 @@ class HMM:
             checks.check_scores(initial, transition, emission, self.lengths, final)
         if isinstance(transition, Chunked):
             transition = transition.checked(batch, self.num_states, dtype, device, self.lengths if check else None)
-        cast = [mapped(x, lambda x: x.to(dtype)) for x in (initial, transition, emission, final)]
-        self._chain = _kind(transition, emission)(*cast[:3], self.lengths, cast[3], time)
+        if any(x.dtype != dtype for x in scores.values()):
+            cast = [mapped(x, lambda x: x.to(dtype)) for x in (initial, transition, emission, final)]
+            initial, transition, emission, final = cast
+        self._chain = _kind(transition, emission)(initial, transition, emission, self.lengths, final, time)
 
     def log_partition(self) -> Tensor:
         r""":math:`\log Z = \log \sum_z \exp s(z)`, (B,): the log-likelihood where scores are normalised.
@@ -248,11 +250,11 @@ class HMM:
         return torch.where(score.isfinite(), along, score) if along.requires_grad else score
 
 
+_KINDS: dict[type, type[Chain]] = {LowRank: LowRankChain, Banded: BandedChain, Chunked: ChunkedChain}
+
+
 def _kind(transition: Transition, emission: Tensor | Active | None) -> type[Chain]:
-    if isinstance(emission, Active):
-        return ActiveChain
-    kinds = {LowRank: LowRankChain, Banded: BandedChain, Chunked: ChunkedChain}
-    return kinds.get(type(transition), DenseChain)
+    return ActiveChain if isinstance(emission, Active) else _KINDS.get(type(transition), DenseChain)
 
 
 def _chain_of(other: object) -> Chain:

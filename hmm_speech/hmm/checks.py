@@ -15,9 +15,11 @@ def shape_of(x: Tensor) -> str:
     return f"({', '.join(map(str, x.shape))})"
 
 
-def require_tensor(name: str, value: object, expected: str = "a torch.Tensor") -> None:
-    """Raises TypeError unless `value` is a dense tensor of a floating-point type that the layer takes."""
+def require_tensor(name: str, value: object, *structures: type) -> None:
+    """Raises TypeError unless `value` is a dense tensor of a floating-point type that the layer takes. The message
+    names `structures` as what could have come instead."""
     if not isinstance(value, Tensor):
+        expected = " or ".join(("a torch.Tensor", *(kind.__name__ for kind in structures)))
         raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
     if value.dtype not in FLOATS:
         raise TypeError(f"{name}: dtype is {value.dtype}, expected float32, float64, float16 or bfloat16")
@@ -39,25 +41,30 @@ def common_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
 def score_tensors(initial, transition, emission, final) -> dict[str, Tensor]:
     """All score tensors by name, those of structures too; raises TypeError for what is none."""
     found: dict[str, Tensor] = {}
-    for name, x in (("initial", initial), ("transition", transition), ("emission", emission), ("final", final)):
-        if x is None and name in ("emission", "final"):
-            continue
-        wanted = {"transition": structures.TRANSITIONS, "emission": (structures.Active,)}.get(name, ())
-        if isinstance(x, wanted):
-            found |= x.tensors()
-            continue
-        expected = "".join(f" or {kind.__name__}" for kind in wanted)
-        require_tensor(name, x, f"a torch.Tensor{expected}")
+
+    def add(name: str, x: object, *kinds: type) -> None:
+        if isinstance(x, kinds):
+            found.update(x.tensors())
+            return
+        require_tensor(name, x, *kinds)
         found[name] = x
+
+    add("initial", initial)
+    add("transition", transition, *structures.TRANSITIONS)
+    if emission is not None:
+        add("emission", emission, structures.Active)
+    if final is not None:
+        add("final", final)
     return found
 
 
 def common_device(tensors: dict[str, Tensor]) -> torch.device:
     first, *others = tensors
+    device = tensors[first].device
     for name in others:
-        if tensors[name].device != tensors[first].device:
-            raise ValueError(f"{name}: on {tensors[name].device}, expected {tensors[first].device}, where {first} is")
-    return tensors[first].device
+        if tensors[name].device != device:
+            raise ValueError(f"{name}: on {tensors[name].device}, expected {device}, where {first} is")
+    return device
 
 
 def _check_dense_transition(transition: Tensor) -> None:
@@ -93,16 +100,19 @@ def check_shapes(initial, transition, emission, final) -> tuple[int, int, int]:
                 f"emission: shape is {shape_of(emission)}, expected (B, T, N) with N = {num_states} as in {where}"
             )
         batch, time = emission.shape[:2]
-    came = shape_of(transition) if dense else f"{leading} and the rest"
+
+    def came() -> str:
+        return shape_of(transition) if dense else f"{leading} and the rest"
+
     if leading and leading[0] != batch:
-        raise ValueError(f"transition: shape is {came}, expected B = {batch} first, as in emission")
+        raise ValueError(f"transition: shape is {came()}, expected B = {batch} first, as in emission")
     if len(leading) == 2 and leading[1] != max(time - 1, 0):
         raise ValueError(
-            f"transition: shape is {came}, expected (B, T-1, N, N) = "
+            f"transition: shape is {came()}, expected (B, T-1, N, N) = "
             f"({batch}, {max(time - 1, 0)}, {num_states}, {num_states}); emission has T = {time}"
         )
     for name, x in (("initial", initial), ("final", final)):
-        if x is not None and tuple(x.shape) not in ((num_states,), (batch, num_states)):
+        if x is not None and x.shape not in ((num_states,), (batch, num_states)):
             raise ValueError(f"{name}: shape is {shape_of(x)}, expected ({num_states},) or ({batch}, {num_states})")
     return batch, time, num_states
 

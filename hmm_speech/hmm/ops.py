@@ -8,7 +8,6 @@ else.
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Iterable
 
 import torch
@@ -71,16 +70,17 @@ class _Call:
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype)
 
-    def messages(self, *shape: int) -> Tensor:
-        """As `empty`, for what stays inside: from 1 MiB on it begins where a huge page does and has room behind it for
+    def messages(self) -> Tensor:
+        """(B, T, N), for what stays inside: from 1 MiB on it begins where a huge page does and has room behind it for
         the page's rest, so that the kernels' first touch takes one fault (csrc/cpu/dispatch.cpp) instead of hundreds of
         1.2 us each: for B=8, T=1000, N=50 a fifth of both passes. What is not touched is no memory."""
-        size = math.prod(shape)
+        batch, time, num_states = self.shape
+        size = batch * time * num_states
         if size * self.dtype.itemsize < _HUGE_PAGE // 2:
-            return self.empty(*shape)
+            return self.empty(*self.shape)
         room = self.empty(size + 2 * _HUGE_PAGE // self.dtype.itemsize)
         begin = -room.data_ptr() % _HUGE_PAGE // self.dtype.itemsize
-        return room[begin : begin + size].view(shape)
+        return room.as_strided(self.shape, (time * num_states, num_states, 1), begin)
 
     def __call__(self, name: str, *arguments) -> None:
         handle = library.load().handle
@@ -113,8 +113,8 @@ def _forward(initial, transition, emission, lengths, final, both_ends=True):
     call = _Call(initial, transition, emission, lengths, final)
     batch, time, _ = call.shape
     call.problem.sharing = _sharing(*call.shape, both_ends)
-    log_partition, alpha = call.empty(batch), call.messages(*call.shape)
-    norm = call.messages(*call.shape if call.time_varying else (0,))
+    log_partition, alpha = call.empty(batch), call.messages()
+    norm = call.messages() if call.time_varying else call.empty(0)
     centre = call.empty(batch, time)
     method = call.empty(batch, dtype=torch.int32)
     call("forward", log_partition, alpha, norm, centre, method)
@@ -135,7 +135,7 @@ def _backward(grad, initial, transition, emission, lengths, final, log_partition
 def _viterbi(initial, transition, emission, lengths, final):
     call = _Call(initial, transition, emission, lengths, final)
     score, states = call.empty(call.shape[0]), call.empty(*call.shape[:2], dtype=torch.int64)
-    call("viterbi", score, call.messages(*call.shape), states)
+    call("viterbi", score, call.messages(), states)
     return score, states
 
 
@@ -340,7 +340,7 @@ def posterior(
 
 def first_frame(state: Tensor, initial: Tensor) -> Tensor:
     """The gradient of `initial` from that of the emission: initial scores are added at the first frame."""
-    first = state[:, 0] if state.shape[1] else state.new_zeros(state.shape[0], state.shape[2])
+    first = state.select(1, 0) if state.shape[1] else state.new_zeros(state.shape[0], state.shape[2])
     return first if initial.dim() == 2 else first.sum(0)
 
 

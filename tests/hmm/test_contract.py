@@ -106,6 +106,46 @@ def test_mixing_chains_keep_the_fast_path_with_emissions_far_apart():
     assert backend().redone == before
 
 
+@pytest.mark.parametrize("frame", [3.0, 0.3, -0.3, -3.0])  # what a frame adds to log Z, about
+@pytest.mark.parametrize("states", [3, 50, 1100])
+def test_sums_of_messages_stay_in_their_range(frame, states):
+    """By powers of two where they grow and where they fall, at each frame or once in some (csrc/cpu/scaled_arcs.h)."""
+    g = torch.Generator().manual_seed(1)
+    forbidden = torch.rand(states, states, generator=g) < 0.05
+    forbidden.fill_diagonal_(False)
+    scores = torch.randn(states, states, generator=g).log_softmax(-1).masked_fill(forbidden, -INF)
+    emission = torch.randn(3, 60, states, generator=g)
+    emission[:, :, 0] = 4 - frame * torch.log(torch.tensor(float(states)))  # how far the others are below the best one
+    arguments = {"initial": torch.zeros(states), "transition": scores, "emission": emission,
+                 "lengths": torch.tensor([60, 59, 1]), "final": None}  # fmt: skip
+    compare(arguments)
+    _, alpha, _, _, method = torch.ops.hmm_speech.forward(*arguments.values())
+    assert (method == 0).all()
+    total = torch.cat([alpha[b, :length].double().sum(-1) for b, length in enumerate(arguments["lengths"])])
+    assert (total >= 2**18).all() and (total < 2**31).all()
+
+
+@pytest.mark.parametrize("states", [30, 1000, 1100])
+@pytest.mark.parametrize("low", [30.0, 70.0])
+def test_an_unlikely_state_that_the_end_asks_for(low, states):
+    """While sums grow by N a frame, state 0 is `low` nats below the others; it alone leads to state 1, which the frames
+    after want. Its backward score is as far above theirs, times what rescaling took out of the messages."""
+    transition = torch.zeros(states, states)
+    transition[2:, 1] = transition[0] = transition[1] = -INF
+    transition[0, 1] = transition[1, 1] = 0
+    initial = torch.zeros(states)
+    initial[1] = -INF
+    fall, growing = 20.0, 6
+    emission = torch.zeros(2, growing + int(low / fall) + 2, states)
+    emission[:, :, 0] = -low
+    emission[:, growing:, 2:] = -fall
+    emission[:, growing:, 0] = -INF
+    arguments = {"initial": initial, "transition": transition, "emission": emission, "lengths": None, "final": None}
+    before = backend().redone
+    compare(arguments)
+    assert backend().redone == before
+
+
 def test_only_sequences_that_cannot_be_certified_are_redone():
     arguments = left_to_right(12, 60, 1.0)
     arguments["lengths"] = None
