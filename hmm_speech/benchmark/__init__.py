@@ -1,14 +1,16 @@
 """`hmm-speech bench`: the layer beside the strongest plain-torch loops, and beside the peers that are installed.
 
 Each row is timed in rounds, one call of every contender a round, so that a machine whose speed drifts slows all of
-them alike; what is printed are medians over rounds, of times and of the ratios within a round. The results are compared
-first: a row whose numbers differ is an error, not a time.
+them alike, in an order drawn anew, so that none always finds caches and memory as the same other one left them; what is
+printed are medians over rounds, of times and of the ratios within a round. The results are compared first: a row whose
+numbers differ is an error, not a time.
 """
 
 from __future__ import annotations
 
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -123,22 +125,35 @@ def measure(case: Case, seconds: float) -> Row:
         found = run()[1]
         if not torch.allclose(found, z, rtol=1e-5):
             raise RuntimeError(f"{name}: {p} has log Z {found.tolist()}, the layer {z.tolist()}")
-    times: list[tuple[float, ...]] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 5 or (time.perf_counter() < end and len(times) < 50):
-        found = [*layer()[:2], *(scale * x for x in loop()[:2])]
+
+    def viterbi() -> tuple[float]:
         with torch.no_grad():
             start = _now(case.scores[0])
             case.layer(*case.scores).viterbi()
-            found.append(_now(case.scores[0]) - start)
-        times.append((*found, *(run()[0] for run in others.values())))
-    forward, backward, loop_forward, loop_backward, viterbi, *_ = (
-        statistics.median(x) * 1e3 for x in zip(*times, strict=True)
-    )
-    ratio = statistics.median((x[2] + x[3]) / (x[0] + x[1]) for x in times)
-    slower = {p: statistics.median(x[5 + k] / (x[0] + x[1]) for x in times) for k, p in enumerate(others)}
-    return Row(case.kind, case.batch, case.states, case.frames, forward, backward, viterbi, loop_forward, loop_backward,
-               ratio, difference, slower)  # fmt: skip
+            return (_now(case.scores[0]) - start,)
+
+    contenders = {"layer": layer, "viterbi": viterbi, "loop": loop, **others}
+    rounds: list[dict[str, tuple]] = []
+    end = time.perf_counter() + seconds
+    draw = random.Random(0)
+    while len(rounds) < 5 or (time.perf_counter() < end and len(rounds) < 50):
+        order = draw.sample(list(contenders), len(contenders))
+        rounds.append({contender: contenders[contender]() for contender in order})
+
+    def milliseconds(contender: str, part: int = 0, scale: float = 1.0) -> float:
+        return statistics.median(scale * x[contender][part] for x in rounds) * 1e3
+
+    def slower(seconds: Callable[[dict[str, tuple]], float]) -> float:
+        return statistics.median(seconds(x) / sum(x["layer"][:2]) for x in rounds)
+
+    return Row(
+        case.kind, case.batch, case.states, case.frames,
+        milliseconds("layer"), milliseconds("layer", 1), milliseconds("viterbi"),
+        milliseconds("loop", 0, scale), milliseconds("loop", 1, scale),
+        ratio=slower(lambda x: scale * sum(x["loop"][:2])),
+        largest_difference=difference,
+        peers={p: slower(lambda x, p=p: x[p][0]) for p in others},
+    )  # fmt: skip
 
 
 def hardware(device: str = "cpu") -> dict[str, str | int]:
