@@ -8,16 +8,31 @@
 // taken after the first ones than with them, and rises where fewer are.
 //
 // Cost a frame: for each state and block a sum and a comparison, N^2 / 32 numbers for float with 8 lanes, and an addition and a
-// maximum for the arcs that are left, which depends on the scores. Where a third of the arcs is left or more, the full product of
-// several sequences (max_step of viterbi.h), which reads arcs once for all of them, takes over for 64 steps. Measured on one
-// core of an EPYC (Zen 3, AVX2), float, B = 8, T = 1000, us a frame and sequence by this / by full products, least of a dozen
-// rounds and more, for scores that are normal numbers and for a trained model's like (stays, emissions ten times as far apart):
-//   N = 128 .64 / .64 and .38 / .64;  256 2.2 / 2.1 and 1.0 / 2.1;  512 7.0 / 8.2 and 2.4 / 8.3;  1024 21 / 29 and 6.3 / 29.
-// Without emissions, where most arcs are left, a step in 65 is lost: at most .08 more.
+// maximum for the arcs that are left, which depends on the scores. The full product of several sequences (max_step of viterbi.h)
+// reads arcs once for all of them. Which is cheaper depends on that, on the caches that hold the arcs and on what else the machine
+// does; so both are timed, the one that is not in use at one step in 64. What is found is the same.
+// Measured on one core of an EPYC (Zen 3, AVX2), float, B = 8, T = 1000, us a frame and sequence pruned / by full products, least
+// of a dozen rounds and more, for scores that are normal numbers and for a trained model's like (stays, emissions ten times as far
+// apart): N = 128 .64 / .64 and .38 / .64;  256 2.2 / 2.1 and 1.0 / 2.1;  512 7.0 / 8.2 and 2.4 / 8.3;  1024 21 / 29 and 6.3 / 29.
+// With other work beside it, T = 300, times over the forward pass's, pruned where a third of the arcs is left at most / by full
+// products / by the clock, for the same scores: N = 1024 1.62 / 1.39 / 1.37 and .60 / 1.36 / .59; 2048, whose arcs come from the
+// third cache or from memory, 1.79 / 1.12 / 1.24 and .22 / 1.16 / .24.
 #pragma once
+#include <algorithm>
+#include <chrono>
+
 #include "max_arcs.h"
 
 namespace {
+
+// The time, in units of its own: some ns a call count beside a step of one sequence.
+inline uint64_t ticks() {
+#if defined(__x86_64__)
+  return __rdtsc();
+#else
+  return uint64_t(std::chrono::steady_clock::now().time_since_epoch().count());
+#endif
+}
 
 template <class Real> class PrunedStep {
  public:
@@ -26,11 +41,12 @@ template <class Real> class PrunedStep {
   }
   bool allocated() const { return rest.data && least.data && list.data; }
 
-  // Whether the next step is to be pruned.
-  bool worthwhile() {
-    if (waiting == 0) return true;
-    waiting--;
-    return false;
+  // Begins a step of all sequences; whether it is to be pruned. The first steps are, while the threshold is found.
+  bool begin() {
+    const bool cheaper = (steps <= kFirst && !excess) || cost[true] < cost[false];
+    pruning = steps % kEvery == 0 ? !cheaper : cheaper;
+    began = ticks();
+    return pruning;
   }
 
   // out (padded) from delta (N), whose maximum is 0, of the m-th sequence.
@@ -57,15 +73,20 @@ template <class Real> class PrunedStep {
     work += ahead + behind, whole += arcs.N * arcs.blocks;
   }
 
-  // After a step of all sequences.
+  // Ends it.
   void finish() {
-    if (3 * work > whole) waiting = kPause;
+    const double took = double(ticks() - began);
+    double &mean = cost[pruning];
+    if (steps % kEvery == 0 || mean == 0) mean = took;
+    else mean += (std::min(took, 2 * mean) - mean) / 4;  // a step that the system interrupts says little
+    excess |= 3 * work > whole;
     work = whole = 0;
+    steps++;
   }
 
  private:
   static constexpr Real kStep = Real(1.125), kLowest = Real(-1e9), kHighest = Real(-1e-6);
-  static constexpr int kPause = 64;
+  static constexpr int64_t kFirst = 8, kEvery = 64;
 
   // The maxima of one block's columns.
   struct Best {
@@ -143,7 +164,11 @@ template <class Real> class PrunedStep {
   Scratch<Real> rest, least;  // least: L of each block
   Scratch<int32_t> list;
   Real threshold[kGroup];
-  int64_t work = 0, whole = 0, waiting = 0;
+  int64_t work = 0, whole = 0;  // arcs taken in this step, and all there are
+  int64_t steps = 0;
+  double cost[2] = {};  // of a step by the full product, and of a pruned one
+  bool pruning = false, excess = false;
+  uint64_t began = 0;
 };
 
 }  // namespace

@@ -8,9 +8,11 @@
 // Where arcs are shared over time several sequences go through a step together, a max-plus product (M x N) by (N x N)
 // whose right side is packed once, and the walk back reads the arcs' transpose row by row. Cost a frame: N^2 additions
 // and N^2 maxima (2/16 vector operations an arc), 4 N bytes of delta written and read; the arcs come from cache, 4 N^2 / M
-// bytes a frame. From 128 states on, arcs that cannot win are left out (pruned_max.h) where that is cheaper. An addition
+// bytes a frame. From 128 states on, arcs that cannot win are left out (pruned_max.h) where that proves cheaper. An addition
 // and a maximum share two ports on AMD's Zen 5; the addition goes to the multiplier instead (sum_beside_max), so that a
 // step's floor is that of as many fused multiply-adds, 1.95 us a frame for N = 512 at 4.2 GHz (2 ports, 16 lanes).
+// On a Zen 3 both pipes of additions and both of products are then busy at once, as they never quite are: an arc of 8 rows
+// takes 0.201 ns at best, 0.170 as a product without a maximum; no other tile, nor additions by the adder, came closer.
 // Measured on one core of an EPYC (Zen 5), float, B = 8, T = 1000: 0.140 ns a vector of arcs where 0.119 is the floor,
 // since four arithmetic operations a cycle leave little room for loads; 60 ns a frame for N = 50, 28 of them the product,
 // 195 ns for N = 128 (142), 2.7 us for N = 512 (2.3).
@@ -135,11 +137,13 @@ void viterbi_group(const hmm_problem &p, const MaxArcs<Real> *arcs, PrunedStep<R
     else if (!arcs) {
       if (max_step(sequence[0].arcs(t), previous[0], N, out[0])) offset[0] = std::numeric_limits<double>::quiet_NaN();
     }
-    else if (pruned && pruned->worthwhile()) {
-      for (int k = 0; k < n; k++) pruned->step(live[k], previous[k], out[k]);
-      pruned->finish();
+    else {
+      if (pruned && pruned->begin())
+        for (int k = 0; k < n; k++) pruned->step(live[k], previous[k], out[k]);
+      else
+        for_rows(n, [&](auto width) { max_step<decltype(width)::value>(*arcs, previous, out); });
+      if (pruned) pruned->finish();
     }
-    else for_rows(n, [&](auto width) { max_step<decltype(width)::value>(*arcs, previous, out); });
     for (int k = 0; k < n; k++) {
       const int m = live[k];
       const Sequence<Real> &q = sequence[m];
