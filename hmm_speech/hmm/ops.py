@@ -226,7 +226,7 @@ class LogPartition(Function):
 
     @staticmethod
     def forward(ctx, initial, transition, emission, lengths, final):
-        messages = torch.ops.hmm_speech.forward.default(initial, transition, emission, lengths, final)
+        messages = torch.ops.hmm_speech.forward(initial, transition, emission, lengths, final)
         # What is returned may be changed in place; what is saved may not.
         ctx.save_for_backward(initial, transition, emission, lengths, final, messages[0].clone(), *messages[1:])
         return messages[0]
@@ -239,7 +239,7 @@ class LogPartition(Function):
         if torch.is_grad_enabled():  # create_graph=True
             state, edge = Posterior.apply(*arguments, needs[1], *messages)
         else:
-            state, edge = torch.ops.hmm_speech.backward.default(*arguments, *messages, needs[1])
+            state, edge = torch.ops.hmm_speech.backward(*arguments, *messages, needs[1])
         return (
             first_frame(state, initial) if needs[0] else None,
             edge if needs[1] else None,
