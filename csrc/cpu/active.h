@@ -151,7 +151,6 @@ HMM_INLINE double forward_step(const Block<Real> &block, const Real *previous, i
 template <class Real>
 bool forward_active(const ActiveSequence<Real> &q, Blocks<Real> &blocks, ActiveRows<Real> &rows, Real *alpha,
                     double &log_partition) {
-  constexpr int W = kLanes<Real>;
   const int64_t K = q.slots, L = q.length;
   const double least = std::exp2(Range<Real>::kLeastSumBits);
   log_partition = 0;
