@@ -89,8 +89,8 @@ HMM_INLINE double weigh(const ActiveSequence<Real> &q, const Frame<Real> &f, int
   Real top = max_of<Real>(m);
   if (top == ninf) top = 0;
   for (int64_t j = 0; j < rows.width; j += W) {
-    const Vec<Real> s = load(w + j), x = exp<Real>((s - top) + load(lost + j));
-    store(w + j, s == ninf ? Vec<Real>{} : x < kTiny<Real> ? splat(kTiny<Real>) : x);
+    const Vec<Real> s = load(w + j);
+    store(w + j, s == ninf ? Vec<Real>{} : lifted_exp<Real>((s - top) + load(lost + j)));
   }
   return double(top);
 }

@@ -7,7 +7,6 @@ namespace {
 
 constexpr int kGroup = 8;  // sequences that go through a step together, at most
 constexpr double kLn2 = 0.6931471805599453;
-template <class Real> constexpr Real kTiny = std::numeric_limits<Real>::min();
 
 // Where the two halves of a sequence meet: frames before this one belong to the first. Frame 0 always does.
 inline int64_t meeting(int64_t length) { return (length + 1) / 2; }

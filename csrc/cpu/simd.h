@@ -51,6 +51,7 @@ template <> struct Simd<double> {
 template <class Real> using Vec = typename Simd<Real>::V;
 template <class Real> using Int = typename Simd<Real>::I;
 template <class Real> constexpr int kLanes = HMM_VECTOR_BYTES / int(sizeof(Real));
+template <class Real> constexpr Real kTiny = std::numeric_limits<Real>::min();  // the smallest normal number
 
 // x - 0 is x even for -0, so that the compiler leaves a plain broadcast (0 + x is not).
 template <class Real> HMM_INLINE Vec<Real> splat(Real x) { return x - Vec<Real>{}; }
@@ -338,9 +339,9 @@ template <class Real> HMM_INLINE Vec<Real> exp(Vec<Real> x) {
   const Vec<Real> y = larger(splat(S::kLowest), x), e = exp_within<Real>(y > S::kHighest ? splat(S::kHighest) : y);
   return x < S::kLowest ? Vec<Real>{} : e;
 }
-// exp(x) for x up to 1, lifted to the smallest normal number where it is less, at -inf too. FlushToZero must live.
+// exp(x) for x up to 1, lifted to kTiny where it is less, at -inf too. FlushToZero must live.
 template <class Real> HMM_INLINE Vec<Real> lifted_exp(Vec<Real> x) {
-  const Vec<Real> least = splat(std::numeric_limits<Real>::min());
+  const Vec<Real> least = splat(kTiny<Real>);
 #if defined(__AVX512F__)
   if constexpr (sizeof(Real) == 4) return larger(least, exp_by_scalef(x));
 #endif

@@ -15,11 +15,11 @@ def shape_of(x: Tensor) -> str:
     return f"({', '.join(map(str, x.shape))})"
 
 
-def require_tensor(name: str, value: object, *structures: type) -> None:
+def require_tensor(name: str, value: object, *kinds: type) -> None:
     """Raises TypeError unless `value` is a dense tensor of a floating-point type that the layer takes. The message
-    names `structures` as what could have come instead."""
+    names `kinds` as what could have come instead."""
     if not isinstance(value, Tensor):
-        expected = " or ".join(("a torch.Tensor", *(kind.__name__ for kind in structures)))
+        expected = " or ".join(("a torch.Tensor", *(kind.__name__ for kind in kinds)))
         raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
     if value.dtype not in FLOATS:
         raise TypeError(f"{name}: dtype is {value.dtype}, expected float32, float64, float16 or bfloat16")

@@ -24,12 +24,9 @@ class DenseChain(Chain):
 
     def native(self, operation: str, transition_axes: int | None = None) -> bool:
         """Whether the operator of this name serves the chain, its transitions expanded to so many axes."""
-        device = self.transition.device.type
-        if device == "cpu":
-            return use_native(device, operation)
-        axes = transition_axes or self.transition.dim()
+        device, axes = self.transition.device.type, transition_axes or self.transition.dim()
         most = CUDA_MOST_STATES_VARYING if axes == 4 else CUDA_MOST_STATES
-        return use_native(device, operation) and self.num_states <= most
+        return use_native(device, operation) and (device == "cpu" or self.num_states <= most)
 
     def log_partition(self) -> Tensor:
         return ops.LogPartition.apply(*self.scores) if self.native("forward") else reference.log_partition(*self.scores)

@@ -106,16 +106,16 @@ def test_mixing_chains_keep_the_fast_path_with_emissions_far_apart():
     assert backend().redone == before
 
 
-@pytest.mark.parametrize("frame", [3.0, 0.3, -0.3, -3.0])  # what a frame adds to log Z, about
+@pytest.mark.parametrize("growth", [3.0, 0.3, -0.3, -3.0])  # from sums that grow to sums that fall
 @pytest.mark.parametrize("states", [3, 50, 1100])
-def test_sums_of_messages_stay_in_their_range(frame, states):
+def test_sums_of_messages_stay_in_their_range(growth, states):
     """By powers of two where they grow and where they fall, at each frame or once in some (csrc/cpu/scaled_arcs.h)."""
     g, time = torch.Generator().manual_seed(1), 60 if states < 1000 else 8
     forbidden = torch.rand(states, states, generator=g) < 0.05
     forbidden.fill_diagonal_(False)
     scores = torch.randn(states, states, generator=g).log_softmax(-1).masked_fill(forbidden, -INF)
     emission = torch.randn(3, time, states, generator=g)
-    emission[:, :, 0] = 4 - frame * torch.log(torch.tensor(float(states)))  # how far the others are below the best one
+    emission[:, :, 0] = 4 - growth * torch.log(torch.tensor(float(states)))  # below the others, or above
     arguments = {"initial": torch.zeros(states), "transition": scores, "emission": emission,
                  "lengths": torch.tensor([time, time - 1, 1]), "final": None}  # fmt: skip
     compare(arguments)
