@@ -6,7 +6,7 @@ from hypothesis import given, settings
 
 from hmm_speech.hmm import HMM, use_backend
 from tests.hmm.problems import INF, KINDS, problem, small_problems, solve
-from tests.oracle import enumerate_paths, path_score
+from tests.oracle import enumerate_paths, path_score, scores_of
 
 BACKENDS = ("native", "reference")
 
@@ -39,7 +39,7 @@ def test_inference(backend, arguments):
             continue
         assert path[length:] == [-1] * (len(path) - length)
         pieces = {k: v for k, v in arguments.items() if k != "lengths"}
-        assert path_score(tuple(path[:length]), b, **pieces) == pytest.approx(
+        assert path_score(tuple(path[:length]), *scores_of(b, **pieces)) == pytest.approx(
             float(expected.best[b]), rel=1e-12, abs=1e-9
         )
 

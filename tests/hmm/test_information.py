@@ -8,7 +8,7 @@ from hypothesis import given, settings
 
 from hmm_speech.hmm import HMM, HMMLayer, use_backend
 from tests.hmm.problems import INF, KINDS, problem, small_problems
-from tests.oracle import enumerate_paths, path_score
+from tests.oracle import enumerate_paths, path_score, scores_of
 
 BACKENDS = ("native", "reference")
 
@@ -33,9 +33,9 @@ def test_topk(backend, k, arguments):
     expected = enumerate_paths(**arguments)
     with use_backend(backend):
         found = HMM(**arguments).topk(k)
-    pieces = {name: x for name, x in arguments.items() if name != "lengths"}
     for b, paths in enumerate(expected.paths):
-        scores = sorted((path_score(path, b, **pieces) for path in paths), reverse=True)[:k]
+        pieces = scores_of(b, **{name: x for name, x in arguments.items() if name != "lengths"})
+        scores = sorted((path_score(path, *pieces) for path in paths), reverse=True)[:k]
         scores += [-INF] * (k - len(scores))
         close(found.score[:, b], torch.tensor(scores, dtype=torch.float64), 1e-8)
         seen = set()
@@ -46,7 +46,7 @@ def test_topk(backend, k, arguments):
             length = len(path) if arguments["lengths"] is None else int(arguments["lengths"][b])
             assert set(path[length:]) <= {-1} and tuple(path[:length]) not in seen
             seen.add(tuple(path[:length]))
-            assert path_score(tuple(path[:length]), b, **pieces) == pytest.approx(score, rel=1e-9, abs=1e-8)
+            assert path_score(tuple(path[:length]), *pieces) == pytest.approx(score, rel=1e-9, abs=1e-8)
 
 
 @pytest.mark.parametrize("kind", KINDS)
