@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 from hydra import compose
@@ -27,7 +28,7 @@ def without_leftovers(config: DictConfig, choices: Mapping[str, str], overrides:
     preset, debug = choices.get("recipes"), choices.get("debug")
     if preset is None:
         return config
-    own = compose("train", overrides=[f"recipes={preset}"], return_hydra_config=True).hydra.runtime.choices
+    own = _options_of(preset)
     replaced = [part for part in PARTS if choices[part] != own[part]]
     if replaced:
         # All options, since one may set something of another's: objective=semi_supervised shows it the data's phones.
@@ -37,6 +38,12 @@ def without_leftovers(config: DictConfig, choices: Mapping[str, str], overrides:
         for part in replaced:
             config[part] = alone[part]
     return config
+
+
+@functools.cache
+def _options_of(preset: str) -> Mapping[str, str]:
+    """What a preset chooses in each group; the same for each run of a sweep."""
+    return compose("train", overrides=[f"recipes={preset}"], return_hydra_config=True).hydra.runtime.choices
 
 
 def _part_of_setting(override: str) -> str | None:

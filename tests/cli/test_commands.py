@@ -20,8 +20,10 @@ from hmm_speech.data.unitfile import Phone, read_units, write_units
 from hmm_speech.errors import UserError
 from hmm_speech.inference import segments
 from hmm_speech.units.alignments import read_textgrid
+from tests import runs
 
 ROOT = Path(__file__).resolve().parents[2]
+QUIET = ("topology.labels=4", *runs.NETWORKS, *runs.SMALL[1:])
 
 
 @pytest.fixture(scope="module")
@@ -30,21 +32,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     units = folder / "units.parquet"
     write_units(sample_corpus(60, 40, 12, 4, seed=0), units)
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        f"data.path={units}",
-        f"hydra.run.dir={folder / 'run'}",
-        "figures=false",
-    ]
-    command += [
-        "topology.labels=4",
-        "trainer.max_epochs=2",
-        "callbacks.progress=null",
-        "trainer.enable_progress_bar=false",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    runs.train(folder / "run", f"data.path={units}", *QUIET, "trainer.max_epochs=2")
     return folder / "run", units
 
 
@@ -182,14 +170,9 @@ def test_units_of_another_quantizer_are_refused(tmp_path):
 
 
 def test_an_interrupted_run_says_how_it_goes_on(trained, tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), f"data.path={trained[1]}", f"hydra.run.dir={tmp_path / 'run'}"]
-    command += [
-        "topology.labels=4",
-        "trainer.max_epochs=100000",
-        "callbacks.progress=null",
-        "callbacks.early_stopping=null",
-    ]
-    command += ["trainer.enable_progress_bar=false"]
+    overrides = [f"data.path={trained[1]}", f"hydra.run.dir={tmp_path / 'run'}", *QUIET]
+    overrides += ["trainer.max_epochs=100000", "callbacks.early_stopping=null"]
+    command = [sys.executable, str(ROOT / "train.py"), *overrides]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run behind a shell's &
@@ -204,7 +187,7 @@ def test_an_interrupted_run_says_how_it_goes_on(trained, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130, stdout + stderr
-    said = " ".join(["data.path=" + str(trained[1]), *command[4:]])
+    said = " ".join([overrides[0], *overrides[2:]])
     said = f"python train.py {said} ckpt_path={tmp_path / 'run/checkpoints/last.ckpt'} hydra.run.dir={tmp_path / 'run'}"
     assert f"go on with: {said}\n" in stderr
     log = (tmp_path / "run/train.log").read_text()

@@ -13,8 +13,7 @@ from omegaconf import OmegaConf
 
 from hmm_speech.configuration import CLONE, check_run, check_targets, instantiate, plain
 from hmm_speech.errors import UserError
-
-from .conftest import composed
+from tests.runs import composed
 
 GROUPS = sorted(path for path in (CLONE / "configs").glob("*/*.yaml"))
 PRESETS = sorted((CLONE / "recipes").glob("*/*.yaml"))

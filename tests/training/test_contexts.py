@@ -14,8 +14,7 @@ from hmm_speech.data.batching import Batch
 from hmm_speech.errors import UserError
 from hmm_speech.inference import sample
 from hmm_speech.module import SpeechHMM
-
-from .conftest import composed
+from tests.runs import composed
 
 Train = Callable[..., None]
 BRIEF = ("trainer.max_epochs=1", "data.utterances=33", "data.frames=30")

@@ -19,8 +19,8 @@ from hmm_speech.data.unitfile import read_units, write_units
 from hmm_speech.errors import UserError
 from hmm_speech.module import SpeechHMM
 from hmm_speech.report import learning_curve
+from tests import runs
 
-from .conftest import composed, train_in_two_processes
 from .test_run import Kill, assert_same, checkpoint
 
 Train = Callable[..., None]
@@ -35,10 +35,8 @@ def command(*arguments: object, code: int = 0) -> str:
 
 
 @pytest.fixture(scope="module")
-def trained(script, tmp_path_factory) -> tuple[Path, Path]:
+def trained(tmp_path_factory) -> tuple[Path, Path]:
     """(run folder, unit file with frames) of Gaussian chains trained by EM."""
-    from hmm_speech.configuration import plain
-
     folder = tmp_path_factory.mktemp("frames")
     units, run = folder / "units.parquet", folder / "run"
     write_units(sample_corpus(60, 40, 12, 4, numbers=3, seed=0), units)
@@ -50,8 +48,7 @@ def trained(script, tmp_path_factory) -> tuple[Path, Path]:
         "topology.substates=2",
     ]
     overrides += ["trainer.max_epochs=4", "trainer.enable_progress_bar=false", "callbacks.progress=null"]
-    run.mkdir()
-    script.train(plain(composed(run, *overrides)), run)
+    runs.train(run, *overrides)
     return run, units
 
 
@@ -121,13 +118,10 @@ def test_training_without_frames_is_refused(tmp_path: Path, train: Train) -> Non
         train(tmp_path / "run", "transition=table", "emission=gaussian", "optimizer=em", networks=False)
 
 
-def test_the_file_of_a_recipe_that_is_not_there_is_made_by_its_script(tmp_path: Path, script) -> None:
-    from hmm_speech.configuration import plain
-
-    config = plain(composed(tmp_path, "recipes=flite/frames"))
-    config["data"]["path"] = str(CLONE / "outputs" / "flite" / "absent.parquet")
+def test_the_file_of_a_recipe_that_is_not_there_is_made_by_its_script(tmp_path: Path) -> None:
+    absent = CLONE / "outputs/flite/absent.parquet"
     with pytest.raises(UserError, match=r"absent\.parquet: no such file; `python recipes/flite/prepare\.py` makes it"):
-        script.train(config, tmp_path)
+        runs.train(tmp_path, "recipes=flite/frames", f"data.path={absent}")
 
 
 @pytest.mark.parametrize("batch", [0, 2])
@@ -165,7 +159,7 @@ def test_gradients_train_gaussians_too(tmp_path: Path, train: Train) -> None:
 def test_two_processes_take_the_steps_of_one(tmp_path: Path, train: Train) -> None:
     overrides = ("data.utterances=33", *EM, "trainer.max_epochs=2")
     train(tmp_path / "one", *overrides, networks=False)
-    train_in_two_processes(tmp_path / "two", *overrides)
+    runs.train_in_two_processes(tmp_path / "two", *overrides)
     one, two = (checkpoint(tmp_path / name, "best")["state_dict"] for name in ("one", "two"))
     for key in one:
         torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-5)

@@ -18,8 +18,7 @@ from hmm_speech.data.synthetic import sample_corpus
 from hmm_speech.errors import UserError
 from hmm_speech.evaluate.clustering import clustering_scores
 from hmm_speech.module import SpeechHMM
-
-from .conftest import composed
+from tests.runs import composed
 
 FOLDER = CLONE / "recipes" / "markov_or_not"
 sys.path.insert(0, str(FOLDER))

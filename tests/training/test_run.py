@@ -16,8 +16,7 @@ from hmm_speech.data.batching import collate
 from hmm_speech.data.datamodule import SyntheticDataModule
 from hmm_speech.errors import UserError
 from hmm_speech.module import SpeechHMM
-
-from .conftest import NETWORKS, train_in_two_processes
+from tests.runs import NETWORKS, train_in_two_processes
 
 Train = Callable[..., None]
 
