@@ -15,6 +15,12 @@
     std::exit(1);                                                                \
   }
 
+#ifdef __SANITIZE_THREAD__
+constexpr bool kBothTypes = false;  // threads meet alike in both, and ThreadSanitizer is slow
+#else
+constexpr bool kBothTypes = true;
+#endif
+
 // Functions<float>::forward is PREFIX_forward_f32, and so on.
 template <class Real> struct Functions;
 #define HMM_FUNCTIONS_OF(prefix, suffix, Real)                            \

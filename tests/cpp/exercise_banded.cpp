@@ -90,9 +90,8 @@ template <class Real> void all() {
 
 int main() {
   CHECK(hmm_abi_version() == HMM_ABI_VERSION);
-  std::puts(hmm_instruction_set());
   all<float>();
-  all<double>();
+  if (kBothTypes) all<double>();
   float x[4] = {};
   double y[4] = {};
   const int64_t one[1] = {1};

@@ -67,7 +67,6 @@ struct Methods {
 };
 
 int main() {
-  std::puts(hmm_instruction_set());
   Methods met;
   for (int N : {1, 2, 15, 17, 33, 64, 70})
     for (int B : {1, 2, 3, 8, 11})

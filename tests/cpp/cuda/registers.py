@@ -29,15 +29,15 @@ from tests.hmm.problems import problem
 TABLE = HERE / "registers.tsv"
 # Warps, blocks and KB of shared memory that a multiprocessor holds at most; all have 65536 registers, and from sm_80 on
 # a block takes a KB of shared memory more (CUDA C++ Programming Guide, "Technical Specifications per Compute
-# Capability").
-LIMITS = {75: (32, 16, 64), 80: (64, 32, 164), 86: (48, 16, 100), 89: (48, 24, 100), 90: (64, 32, 228)}
+# Capability"). sm_89 is left out: all kernels had sm_86's registers there. CI installs for it, so it is compiled too.
+LIMITS = {75: (32, 16, 64), 80: (64, 32, 164), 86: (48, 16, 100), 90: (64, 32, 228)}
 LIMITS |= {100: (64, 32, 228), 120: (48, 24, 100)}
 # Every width of scaled.cu, and the other regimes with and without tiles.
 STATES = {"shared": (32, 64, 96, 128, 256, 600, 1025), "per-sequence": (200,), "time-varying": (50, 128, 384, 512, 520)}
 ARCHITECTURES = tuple(LIMITS)
 # Architectures by what PTX they are compiled from, which is the same but for its name: sources tell no more apart than
 # __CUDA_ARCH__ >= 800, and nvcc has another front end from 100 on. This saves a third of the time.
-PTX = {75: (75,), 80: (80, 86, 89, 90), 100: (100, 120)}
+PTX = {75: (75,), 80: (80, 86, 90), 100: (100, 120)}
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)'")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _BOUNDS = re.compile(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)")
