@@ -188,10 +188,11 @@ def bench(
 
 
 def main() -> None:
-    """Run the command; a user's mistake is one line on standard error and exit code 1 (HYDRA_FULL_ERROR=1: all)."""
+    """Run the command; a user's mistake, or a file that cannot be read or written, is one line on standard error and
+    exit code 1 (HYDRA_FULL_ERROR=1: all)."""
     try:
         app()
-    except UserError as error:
+    except (UserError, OSError) as error:
         if os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0"):
             raise
         typer.echo(f"error: {error}", err=True)

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from hmm_speech.errors import UserError
-
 if TYPE_CHECKING:
     from hmm_speech.units.extract import Progress, Report
 
@@ -24,10 +22,12 @@ def progress_bar() -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description:9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, int] = {}
+    bars, tasks = Progress(*columns, console=Console(stderr=True)), {}
+    with contextlib.ExitStack() as running:
 
         def progress(stage: str, done: int, total: int) -> None:
+            if not tasks:  # not before: an empty bar is a blank line above what is told of a mistake
+                running.enter_context(bars)
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done, total=total)
@@ -110,28 +110,20 @@ def units(
     from hmm_speech.units.extract import extract_units
 
     start = time.monotonic()
-    try:
-        with progress_bar() as progress:
-            report = extract_units(
-                audio,
-                out,
-                features=features,
-                hop_ms=hop_ms,
-                clusters=clusters,
-                quantizer=quantizer,
-                metadata=metadata,
-                alignments=alignments,
-                keep_frames=keep_frames,
-                seed=seed,
-                progress=progress,
-            )
-    except (UserError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+    with progress_bar() as progress:
+        report = extract_units(
+            audio,
+            out,
+            features=features,
+            hop_ms=hop_ms,
+            clusters=clusters,
+            quantizer=quantizer,
+            metadata=metadata,
+            alignments=alignments,
+            keep_frames=keep_frames,
+            seed=seed,
+            progress=progress,
+        )
     print_report(report, time.monotonic() - start)
     if report.failed:
         raise typer.Exit(1)
-
-
-if __name__ == "__main__":
-    typer.run(units)

@@ -96,10 +96,7 @@ def test_help_answers_without_heavy_imports() -> None:
     assert "emission: " in done.stdout and "data.path=" in done.stdout and "hydra.run.dir" in done.stdout
 
 
-def test_a_mistake_ends_without_a_traceback(tmp_path: Path) -> None:
-    missing = command(f"data.path={tmp_path}/absent.parquet", f"hydra.run.dir={tmp_path}/run")
-    assert missing.returncode != 0
-    assert "absent.parquet: no such file" in missing.stderr and "Traceback" not in missing.stderr
+def test_a_mistake_ends_without_a_traceback() -> None:
     wrong = command("emission=nonsense")
     assert wrong.returncode != 0 and "nonsense" in wrong.stderr and "Traceback" not in wrong.stderr
 
@@ -110,6 +107,7 @@ def test_a_target_outside_the_allowed_packages_is_refused_before_it_is_imported(
     done = command("emission._target_=stranger.Network", run, PYTHONPATH=f"{CLONE}{os.pathsep}{tmp_path}")
     assert done.returncode == 1
     assert "stranger.Network" in done.stderr and "allow_targets" in done.stderr and "imported" not in done.stderr
+    assert "Traceback" not in done.stderr
     shown = command("emission._target_=stranger.Network", run, HYDRA_FULL_ERROR="1")
     assert shown.returncode != 0 and "Traceback" in shown.stderr
 
@@ -159,6 +157,7 @@ def test_a_multirun_with_processes_is_refused(tmp_path: Path) -> None:
         (["data.batch_size=0"], "batch_size is 0"),
         (["trainer.precision=nonsense"], "trainer: lightning.pytorch.Trainer refuses"),
         (["ckpt_path=absent.ckpt"], "absent.ckpt: no such file"),
+        (["data=unitfile", "data.path=absent.parquet"], r"absent\.parquet: no such file"),
     ],
 )
 def test_wrong_values_are_told_by_name(
