@@ -177,7 +177,7 @@ def bench(
 ) -> None:
     """Time the layer beside plain-torch loops, in one process, and print the ratios."""
     if train:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own messages; read when torch is imported
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own messages; read when torch is imported
         from hmm_speech.benchmark.training import bench_training
 
         bench_training(threads, steps, out)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hmm_speech.benchmark import cases, peers
 from hmm_speech.benchmark.cases import Case
+from hmm_speech.benchmark.table import growing, three_digits
 from hmm_speech.data.unitfile import atomic_path
 from hmm_speech.errors import UserError
 from hmm_speech.hmm import backend
@@ -196,10 +197,6 @@ def _check_device(device: str) -> None:
 
 def bench(threads: int, batch: int, seconds: float, quick: bool, out: Path | None, device: str = "cpu") -> None:
     """Measure, print a table as rows come in, and write them as JSON where `out` says."""
-    from rich.console import Console
-    from rich.live import Live
-    from rich.table import Table
-
     for name, value in (("--threads", threads), ("--batch", batch)):
         if value < 1:
             raise UserError(f"{name}: got {value}, expected at least 1")
@@ -213,17 +210,14 @@ def bench(threads: int, batch: int, seconds: float, quick: bool, out: Path | Non
         caption += (
             f"; active: {cases.SLOTS} states a frame, T in the mean, its loop the layer with -inf in a dense emission"
         )
-    table = Table(title=title, caption=caption)
     columns = ["arcs", "B", "N", "T", "fwd", "bwd", "Viterbi", "loop fwd", "loop bwd", "ratio"]
-    for column in [*columns, *(f"{name} {version}" for name, version in others.items())]:
-        table.add_column(column, justify="left" if column == "arcs" else "right")
     found = []
-    with Live(table, console=Console(), refresh_per_second=2):
+    with growing(title, caption, [*columns, *(f"{name} {version}" for name, version in others.items())]) as table:
         for row in rows(quick, batch, seconds, device):
             found.append(row)
             times = (row.forward_ms, row.backward_ms, row.viterbi_ms, row.loop_forward_ms, row.loop_backward_ms)
             table.add_row(
-                row.kind, str(row.batch), str(row.states), str(row.frames), *(f"{x:.2f}" for x in times),
+                row.kind, str(row.batch), str(row.states), str(row.frames), *map(three_digits, times),
                 f"{row.ratio:.1f}", *(f"{row.peers[p]:.1f}" if p in row.peers else "-" for p in others),
             )  # fmt: skip
     if out is not None:

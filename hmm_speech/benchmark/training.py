@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from omegaconf import open_dict
 from torch.profiler import ProfilerActivity, profile
 
+from hmm_speech.benchmark.table import growing
 from hmm_speech.configuration import CLONE, instantiate, plain
 from hmm_speech.data.datamodule import UnitDataModule
 from hmm_speech.data.unitfile import atomic_path
@@ -117,23 +118,14 @@ def measure(preset: str, steps: int) -> Share | str:
 
 def bench_training(threads: int, steps: int, out: Path | None = None) -> None:
     """Measure every preset, print a table as rows come in, and write them as JSON where `out` says."""
-    from rich.console import Console
-    from rich.live import Live
-    from rich.table import Table
-
     for name, value in (("--threads", threads), ("--steps", steps)):
         if value < 1:
             raise UserError(f"{name}: got {value}, expected at least 1")
     torch.set_num_threads(threads)
-    table = Table(
-        title=f"a training step, {threads} thread(s)",
-        caption=f"median step of {steps} and the mean time in the layer's kernels, under the profiler",
-    )
-    for column in ("preset", "states", "parameters", "step, ms", "layer, ms", "share"):
-        first = column == "preset"
-        table.add_column(column, justify="left" if first else "right", no_wrap=first)
+    title = f"a training step, {threads} thread(s)"
+    caption = f"median step of {steps} and the mean time in the layer's kernels, under the profiler"
     found = []
-    with Live(table, console=Console(), refresh_per_second=2):
+    with growing(title, caption, ("preset", "states", "parameters", "step, ms", "layer, ms", "share")) as table:
         for preset in presets():
             row = measure(preset, steps)
             if isinstance(row, str):
