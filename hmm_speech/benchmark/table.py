@@ -21,7 +21,7 @@ def growing(title: str, caption: str, columns: Sequence[str]) -> Iterator[Table]
     console = Console()
     if not console.is_terminal:
         console.width = 200  # a file is as wide as the table; rich would cut numbers off at 80
-    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for k, column in enumerate(columns):
         table.add_column(column, justify="right" if k else "left", no_wrap=not k)
     with Live(table, console=console, refresh_per_second=2):
