@@ -152,13 +152,13 @@ template <class Real> struct Viterbi : Status {
 
   void operator()(int worker, int workers) {
     const FlushToZero flush;
-    Scratch<Real> rows(4 * p.slots + 64), block(p.slots * p.slots);
-    if (!rows.data || !block.data) return out_of_memory();
+    ActivePaths<Real> rows(p.slots);
+    if (!rows.allocated()) return out_of_memory();
     for (int64_t k = worker; k < p.batch; k += workers) {
       const int64_t b = order[k];
       int64_t *path = states + b * p.time;
       Real *mine = delta + b * p.time * p.slots;
-      score[b] = Real(viterbi_active(ActiveSequence<Real>(p, b), mine, path, (Real *)rows, (Real *)block));
+      score[b] = Real(viterbi_active(ActiveSequence<Real>(p, b), rows, mine, path));
       for (int64_t t = p.lengths[b]; t < p.time; t++) path[t] = -1;
     }
   }
