@@ -253,6 +253,25 @@ def test_samples_follow_the_posterior(which):
         torch.testing.assert_close(share, hmm.marginals(), rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize("anything", [float("nan"), INF, 1e30])
+@pytest.mark.parametrize("width", [3, 9, 16])
+def test_arcs_of_states_that_no_frame_uses_may_hold_anything(width, anything):
+    """Kernels read whole vectors of a row, past the states of a frame."""
+    arguments = blocked(2, 5, 1, width, seed=1, dtype=torch.float32)
+    found = []
+    for beside in (0.0, anything):
+        scores = torch.nn.functional.pad(arguments["transition"], (0, 20), value=beside)
+        scores = torch.nn.functional.pad(scores, (0, 0, 0, 20))
+        ends = {k: torch.nn.functional.pad(arguments[k], (0, 20)) for k in ("initial", "final")}
+        hmm = HMM(**ends, transition=scores, emission=arguments["emission"])
+        found.append(
+            (*hmm.viterbi(), hmm.log_partition(), hmm.marginals(), hmm.sample(3, torch.Generator().manual_seed(0)))
+        )
+    assert found[0][0].isfinite().all()
+    for plain, other in zip(*found, strict=True):
+        assert torch.equal(plain, other)
+
+
 @pytest.mark.parametrize("method", ["log_partition", "marginals", "transition_counts"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_first_and_second_derivatives(kind, method):
