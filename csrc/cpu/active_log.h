@@ -133,13 +133,12 @@ HMM_INLINE Int<Real> max_slots(const Real *arcs, int64_t pitch, const Real *delt
 
 // Rows of Viterbi's scratch, padded to whole vectors, and blocks of arcs of which whole vectors can be read.
 template <class Real> struct ActivePaths {
-  const int64_t K, width;
+  const int64_t width;
   Scratch<Real> score, ends, row, used, delta, block;
   int64_t count = -1;  // of `used`: ones, and zeros past it
 
-  explicit ActivePaths(int64_t slots)
-      : K(slots), width(round_up(slots, kLanes<Real>)), score(width), ends(width), row(width), used(width), delta(width),
-        block(slots * width) {}
+  explicit ActivePaths(int64_t K)
+      : width(round_up(K, kLanes<Real>)), score(width), ends(width), row(width), used(width), delta(width), block(K * width) {}
   bool allocated() const { return score.data && ends.data && row.data && used.data && delta.data && block.data; }
 
   // row(j) = max_i [delta(i) + phi(i, j)]; whether a score is NaN or +inf. Between two runs phi is read in place.

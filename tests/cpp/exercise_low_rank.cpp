@@ -3,7 +3,7 @@
 // lies past a sequence's end holds NaN.
 #include "exercise.h"
 
-#define HMM_LOW_RANK(suffix, Real)                                      \
+#define HMM_LOW_RANK(suffix, Real)                                       \
   template <> struct Functions<Real> {                                   \
     static constexpr auto forward = hmm_low_rank_forward_##suffix;       \
     static constexpr auto backward = hmm_low_rank_backward_##suffix;     \
