@@ -7,7 +7,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from hmm_speech.configuration import check_run, instantiate, instantiate_all, plain, report_user_errors
+from hmm_speech.configuration import check_run, instantiate, instantiate_all, plain
+from hmm_speech.errors import report_user_errors
 from hmm_speech.presets import without_leftovers
 
 # Threads that wait by spinning cost a factor of ten where other programs use the cores; torch reads this when imported.

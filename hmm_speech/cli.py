@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from hmm_speech import __version__
-from hmm_speech.errors import UserError
+from hmm_speech.errors import UserError, report_user_errors
 from hmm_speech.units.command import units
 
 app = typer.Typer(
@@ -188,15 +187,9 @@ def bench(
 
 
 def main() -> None:
-    """Run the command; a user's mistake, or a file that cannot be read or written, is one line on standard error and
-    exit code 1 (HYDRA_FULL_ERROR=1: all)."""
-    try:
+    """Run the command; a user's mistake, or a file that cannot be read or written, is told in a line."""
+    with report_user_errors():
         app()
-    except (UserError, OSError) as error:
-        if os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0"):
-            raise
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

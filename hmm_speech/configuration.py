@@ -1,13 +1,10 @@
-"""Objects from plain configuration, and mistakes in it told plainly. Imports nothing heavy."""
+"""Objects from plain configuration. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
-import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,23 +111,6 @@ def _locate(name: str, where: str) -> Any:
             break
         return found
     raise UserError(f"{where}._target_ {name!r} does not exist; check its spelling")
-
-
-@contextmanager
-def report_user_errors() -> Iterator[None]:
-    """Print a user's mistake without a traceback and end with code 1; HYDRA_FULL_ERROR=1 lets it through."""
-    if os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0"):
-        yield
-        return
-    try:
-        yield
-    except Exception as error:
-        mistakes = ("OmegaConfBaseException", "MisconfigurationException", "CompactHydraException")
-        if not isinstance(error, UserError) and not any(base.__name__ in mistakes for base in type(error).__mro__):
-            raise
-        print(f"error: {error}\n(HYDRA_FULL_ERROR=1 shows where it comes from)", file=sys.stderr)
-        sys.stdout.flush()
-        sys.exit(1)
 
 
 def instantiate_all(configs: Mapping[str, Any] | None, *, where: str, **options: Any) -> list[Any]:

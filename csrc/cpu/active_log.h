@@ -1,8 +1,8 @@
 // Log space over the K slots of each frame, in float64: forward-backward of what scaled probabilities could not certify
 // (the recursions are those of log_space.h), and Viterbi and sampling of chains of which K of the N states emit a frame
 // (viterbi.h). Forward-backward and sampling gather blocks of scores frame by frame, K^2 reads; Viterbi reads them in place
-// between two runs, K^2 additions, maxima and comparisons a frame, and K reads a frame of the walk back, each of a line of
-// its own. For 83,000 frames of K = 10 on one core of an EPYC (Zen 3, AVX2) 1.10 to 1.15 times what the forward pass takes.
+// between two runs: K^2 additions, maxima, comparisons and choices a frame. It keeps where each slot came from, K numbers a
+// frame: a walk back over scores would read K lines a frame again, each from another page (1.4 times as slow at K = 10).
 // Limits: none on N, T or K.
 #pragma once
 #include "active_blocks.h"
@@ -106,27 +106,30 @@ template <class Real> struct ActiveLog {
   }
 };
 
-// out(j) = max_i [delta(i) + phi(i, j)] for B vectors of columns from j, of which those of `used` count and the others are
-// -inf. Returns where one of phi is NaN or +inf: maxima forget a NaN, and what came before it.
-template <int B, class Real>
+// out(j) = max_i [delta(i) + phi(i, j)] and back(j) = the first i that attains it, for B vectors of columns from j, of which
+// those of `used` count and the others are -inf. Returns where one of phi is NaN or +inf, if Check: maxima forget a NaN, and
+// what came before it. back is kept in the bits of numbers.
+template <int B, bool Check, class Real>
 HMM_INLINE Int<Real> max_slots(const Real *arcs, int64_t pitch, const Real *delta, int64_t rows, int64_t j, const Real *used,
-                               Real *out) {
+                               Real *out, Real *back) {
   constexpr int W = kLanes<Real>;
   const Real ninf = kNegativeInfinity<Real>;
   Vec<Real> best[B];
-  Int<Real> right[B], wrong = {};
-  for (int v = 0; v < B; v++) best[v] = splat(ninf), right[v] = ~Int<Real>{};
+  Int<Real> at[B], right[B], index = {}, wrong = {};
+  for (int v = 0; v < B; v++) best[v] = splat(ninf), at[v] = Int<Real>{}, right[v] = ~Int<Real>{};
   const Real *row = arcs + j;
-  for (int64_t i = 0; i < rows; i++, row += pitch)
+  for (int64_t i = 0; i < rows; i++, row += pitch, index += 1)
     for (int v = 0; v < B; v++) {
-      const Vec<Real> x = load(row + v * W);
-      best[v] = larger(best[v], x + splat(delta[i]));
-      right[v] &= x < std::numeric_limits<Real>::infinity();
+      const Vec<Real> x = load(row + v * W), s = x + splat(delta[i]);
+      at[v] = s > best[v] ? index : at[v];
+      best[v] = larger(best[v], s);
+      if (Check) right[v] &= x < std::numeric_limits<Real>::infinity();
     }
   for (int v = 0; v < B; v++) {
     const Int<Real> counts = load(used + j + v * W) > Real(0);
-    wrong |= ~right[v] & counts;
+    if (Check) wrong |= ~right[v] & counts;
     store(out + j + v * W, counts ? best[v] : splat(ninf));
+    store(back + j + v * W, (Vec<Real>)at[v]);
   }
   return wrong;
 }
@@ -134,15 +137,19 @@ HMM_INLINE Int<Real> max_slots(const Real *arcs, int64_t pitch, const Real *delt
 // Rows of Viterbi's scratch, padded to whole vectors, and blocks of arcs of which whole vectors can be read.
 template <class Real> struct ActivePaths {
   const int64_t width;
-  Scratch<Real> score, ends, row, used, delta, block;
+  Scratch<Real> score, ends, row, used, delta, back, block;
   int64_t count = -1;  // of `used`: ones, and zeros past it
 
   explicit ActivePaths(int64_t K)
-      : width(round_up(K, kLanes<Real>)), score(width), ends(width), row(width), used(width), delta(width), block(K * width) {}
-  bool allocated() const { return score.data && ends.data && row.data && used.data && delta.data && block.data; }
+      : width(round_up(K, kLanes<Real>)), score(width), ends(width), row(width), used(width), delta(width), back(width),
+        block(K * width) {}
+  bool allocated() const {
+    return score.data && ends.data && row.data && used.data && delta.data && back.data && block.data;
+  }
 
-  // row(j) = max_i [delta(i) + phi(i, j)]; whether a score is NaN or +inf. Between two runs phi is read in place.
-  bool step(const ActiveSequence<Real> &q, const Frame<Real> &from, const Frame<Real> &to) {
+  // row(j) = max_i [delta(i) + phi(i, j)], back(j) its slot i; of several that of the smallest state. Whether a score is NaN
+  // or +inf, if Check. Between two runs phi is read in place.
+  template <bool Check> bool step(const ActiveSequence<Real> &q, const Frame<Real> &from, const Frame<Real> &to) {
     constexpr int W = kLanes<Real>;
     const int64_t N = q.states;
     // Past the last columns of a matrix's last row there may be nothing to read.
@@ -155,9 +162,29 @@ template <class Real> struct ActivePaths {
     count = to.count;
     Int<Real> wrong = {};
     int64_t j = 0;
-    for (; j + 2 * W <= width; j += 2 * W) wrong |= max_slots<2, Real>(arcs, pitch, delta, from.count, j, used, row);
-    if (j < width) wrong |= max_slots<1, Real>(arcs, pitch, delta, from.count, j, used, row);
+    for (; j + 2 * W <= width; j += 2 * W) wrong |= max_slots<2, Check, Real>(arcs, pitch, delta, from.count, j, used, row, back);
+    if (j < width) wrong |= max_slots<1, Check, Real>(arcs, pitch, delta, from.count, j, used, row, back);
+    if (!from.run) break_ties(from, to);
     return any<Real>(wrong);
+  }
+
+  // The slot that came before slot j of the last step.
+  static int64_t slot(const Real *back, int64_t j) {
+    decltype(Int<Real>{}[0] + 0) i;
+    std::memcpy(&i, back + j, sizeof i);
+    return i;
+  }
+
+ private:
+  // The slots of a run are in the order of its states; those of `from` need not be.
+  void break_ties(const Frame<Real> &from, const Frame<Real> &to) {
+    for (int64_t j = 0; j < to.count; j++) {
+      int64_t best = slot(back, j);
+      for (int64_t i = best + 1; i < from.count; i++)
+        if (block[i * width + j] + delta[i] == row[j] && from.id[i] >= 0 && from.id[i] < from.id[best]) best = i;
+      const auto bits = decltype(Int<Real>{}[0] + 0)(best);
+      std::memcpy(back + j, &bits, sizeof bits);
+    }
   }
 };
 
@@ -172,12 +199,12 @@ template <class Real> int64_t best_slot(const Real *score, const Frame<Real> &f)
   return best;
 }
 
-// The score of the best path and its states (L); delta (L, K) is workspace.
-template <class Real>
-double viterbi_active(const ActiveSequence<Real> &q, ActivePaths<Real> &rows, Real *delta, int64_t *states) {
+// The score of the best path and its states (L). back (L, K) is workspace: where row t > 0 came from.
+template <bool Check, class Real>
+double viterbi_active(const ActiveSequence<Real> &q, ActivePaths<Real> &rows, Real *back, int64_t *states) {
   const int64_t K = q.slots, L = q.length, width = rows.width;
   const Real ninf = kNegativeInfinity<Real>;
-  Real *const score = rows.score, *const ends = rows.ends, *const row = rows.row, *const now = rows.delta;
+  Real *const score = rows.score, *const ends = rows.ends, *const row = rows.row, *const delta = rows.delta;
   double offset = 0;
   bool feasible = true;
   Frame<Real> from, to, next = L > 0 ? q.frame(0) : Frame<Real>{};
@@ -195,31 +222,24 @@ double viterbi_active(const ActiveSequence<Real> &q, ActivePaths<Real> &rows, Re
       gather_row(q.initial, to, width, ninf, row);
       top = row_max<Real, Real>(row, width);
       for (int64_t j = 0; j < width; j++) row[j] -= top;
-    } else if (rows.step(q, from, to))
-      offset = std::numeric_limits<double>::quiet_NaN();
+    } else {
+      if (rows.template step<Check>(q, from, to)) offset = std::numeric_limits<double>::quiet_NaN();
+      for (int64_t j = 0; j < width; j += kLanes<Real>) store_part(back + t * K + j, K - j, load(rows.back + j));
+    }
     const bool end = q.final && t == L - 1;
     if (end) gather_row(q.final, to, width, ninf, ends);
     offset += double(top);
-    feasible = centre_row<Real, Real>(row, score, end ? ends : nullptr, width, now, offset) && offset == offset;
-    for (int64_t j = 0; j < width; j += kLanes<Real>) store_part(delta + t * K + j, K - j, load(now + j));
+    feasible = centre_row<Real, Real>(row, score, end ? ends : nullptr, width, delta, offset) && offset == offset;
   }
   if (!feasible) {
     for (int64_t t = 0; t < L; t++) states[t] = -1;
     return offset == offset ? -std::numeric_limits<double>::infinity() : offset;
   }
   if (L == 0) return 0;
-  Frame<Real> f = to;
-  states[L - 1] = f.id[best_slot((const Real *)delta + (L - 1) * K, f)];
-  if (L > 1) next = q.frame(L - 2);
-  for (int64_t t = L - 2; t >= 0; t--) {
-    f = next;
-    if (t > 0) {
-      next = q.frame(t - 1);
-      prefetch_window<false>(q.transition, q.states, next, f);
-    }
-    for (int64_t i = 0; i < f.count; i++)
-      row[i] = f.id[i] < 0 ? ninf : delta[t * K + i] + q.transition[f.id[i] * q.states + states[t + 1]];
-    states[t] = f.id[best_slot((const Real *)row, f)];
+  int64_t slot = best_slot((const Real *)delta, to);
+  for (int64_t t = L - 1; t >= 0; t--) {
+    states[t] = q.id[t * K + slot];
+    if (t > 0) slot = rows.slot(back + t * K, slot);
   }
   return offset;  // the maximum of the last delta is 0
 }

@@ -236,9 +236,9 @@ template <class Problem, class Body> int guarded(const Problem *p, Body body) {
                                                edge, edge_batch_stride);                                                \
     });                                                                                                                 \
   }                                                                                                                     \
-  int hmm_active_viterbi_##suffix(const hmm_active_problem *p, Real *score, Real *delta, int64_t *states) {             \
+  int hmm_active_viterbi_##suffix(const hmm_active_problem *p, Real *score, Real *back, int64_t *states) {              \
     return guarded(p, [&] {                                                                                             \
-      return chosen().active_##suffix.viterbi(*p, by_falling_length(*p).data(), parallel, score, delta, states);        \
+      return chosen().active_##suffix.viterbi(*p, by_falling_length(*p).data(), parallel, score, back, states);         \
     });                                                                                                                 \
   }                                                                                                                     \
   int hmm_active_sample_##suffix(const hmm_active_problem *p, int64_t samples, const Real *log_partition,               \

@@ -22,13 +22,13 @@ template <class Real> struct MaxArcs {
     constexpr int64_t kBlock = 64 / sizeof(Real);  // of a transposed row: one cache line at a time
     const Real ninf = kNegativeInfinity<Real>;
     for (int64_t i = 0; i < N; i++) {
-      Vec<Real> bad = {};
+      Int<Real> wrong = {};
       for (int64_t j = 0; j < padded; j += W) {
         const Vec<Real> x = load_part(scores + i * N + j, N - j, ninf);
-        bad += x < std::numeric_limits<Real>::infinity() ? Vec<Real>{} : splat(Real(1));
+        wrong |= is_bad<Real>(x);
         store(packed + j / P * P * N + i * P + j % P, x);
       }
-      invalid |= sum_of<Real>(bad) > 0;
+      invalid |= any<Real>(wrong);
     }
     for (int64_t i0 = 0; i0 < N; i0 += kBlock)
       for (int64_t j = 0; j < N; j++) {  // from the panels, whose rows are not a power of two apart

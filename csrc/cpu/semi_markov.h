@@ -179,7 +179,7 @@ struct Window {
     for (int64_t j = 0; j < padded; j += W) {
       const V e = load_as(frame + j, N - j, 0.), b = load(base + j), c = load(centre + j);
       const Int<double> dead = e == kNinf;
-      wrong |= ~(e < std::numeric_limits<double>::infinity());
+      wrong |= is_bad<double>(e);
       const V x = dead ? splat(kNinf) : load(message + j) - b, grown = b + (dead ? V{} : e - most);
       store(score + slot * padded + j, x);
       store(base + j, grown);
@@ -197,30 +197,53 @@ struct Window {
   }
 };
 
-template <int B> HMM_INLINE void product_block(const double *x, const double *rows, int64_t n, int64_t stride, double *out) {
-  V sum[B] = {};
+// What a sum over arcs or over a window is made of: products of weights, or in their place sums of scores.
+struct SumProduct {
+  static HMM_INLINE V none() { return V{}; }
+  static HMM_INLINE V add(V sum, V x, V weight) { return sum + x * weight; }
+};
+struct MaxPlus {
+  static HMM_INLINE V none() { return splat(kNinf); }
+  static HMM_INLINE V add(V most, V x, V score) { return larger(most, sum_beside_max(score, x)); }
+};
+
+// out (B vectors) = what `Of` makes of n rows, `stride` apart, and x: x[i] beside row i (arcs), or a row itself (a window).
+template <class Of, int B> HMM_INLINE void over_arcs(const double *x, const double *rows, int64_t n, int64_t stride, double *out) {
+  V sum[B];
+  for (int v = 0; v < B; v++) sum[v] = Of::none();
   for (int64_t i = 0; i < n; i++)
-    for (int v = 0; v < B; v++) sum[v] += x[i] * load(rows + i * stride + v * W);
+    for (int v = 0; v < B; v++) sum[v] = Of::add(sum[v], splat(x[i]), load(rows + i * stride + v * W));
+  for (int v = 0; v < B; v++) store(out + v * W, sum[v]);
+}
+template <class Of, int B> HMM_INLINE void over_window(const double *x, const double *rows, int64_t n, int64_t stride, double *out) {
+  V sum[B];
+  for (int v = 0; v < B; v++) sum[v] = Of::none();
+  for (int64_t s = 0; s < n; s++)
+    for (int v = 0; v < B; v++) sum[v] = Of::add(sum[v], load(x + s * stride + v * W), load(rows + s * stride + v * W));
   for (int v = 0; v < B; v++) store(out + v * W, sum[v]);
 }
 
-template <int B> HMM_INLINE void window_block(const double *x, const double *rows, int64_t n, int64_t stride, double *out) {
-  V sum[B] = {};
-  for (int64_t s = 0; s < n; s++)
-    for (int v = 0; v < B; v++) sum[v] += load(x + s * stride + v * W) * load(rows + s * stride + v * W);
-  for (int v = 0; v < B; v++) store(out + v * W, sum[v]);
+// The same for all of `padded` columns.
+template <class Of> void over_arcs(const double *x, const double *rows, int64_t n, int64_t padded, double *out) {
+  int64_t j = 0;
+  for (; padded - j >= 8 * W; j += 8 * W) over_arcs<Of, 8>(x, rows + j, n, padded, out + j);
+  for (; padded - j >= 4 * W; j += 4 * W) over_arcs<Of, 4>(x, rows + j, n, padded, out + j);
+  for (; padded - j >= 2 * W; j += 2 * W) over_arcs<Of, 2>(x, rows + j, n, padded, out + j);
+  if (j < padded) over_arcs<Of, 1>(x, rows + j, n, padded, out + j);
+}
+template <class Of> void over_window(const double *x, const double *rows, int64_t n, int64_t padded, double *out) {
+  int64_t j = 0;
+  for (; padded - j >= 4 * W; j += 4 * W) over_window<Of, 4>(x + j, rows + j, n, padded, out + j);
+  for (; padded - j >= 2 * W; j += 2 * W) over_window<Of, 2>(x + j, rows + j, n, padded, out + j);
+  if (j < padded) over_window<Of, 1>(x + j, rows + j, n, padded, out + j);
 }
 
 // exp(x) of messages, then to(j) = log sum_i x(i) weight(i, j), again in log space where that is not certified.
 template <class In> void log_sum_arcs(const Arcs<In> &arcs, const double *from, double *x, double *to) {
   const int64_t N = arcs.N, padded = arcs.padded;
   for (int64_t i = 0; i < padded; i += W) store(x + i, exp<double>(load(from + i)));
-  int64_t j = 0;
-  for (; padded - j >= 8 * W; j += 8 * W) product_block<8>(x, arcs.weight + j, N, padded, to + j);
-  for (; padded - j >= 4 * W; j += 4 * W) product_block<4>(x, arcs.weight + j, N, padded, to + j);
-  for (; padded - j >= 2 * W; j += 2 * W) product_block<2>(x, arcs.weight + j, N, padded, to + j);
-  if (j < padded) product_block<1>(x, arcs.weight + j, N, padded, to + j);
-  for (j = 0; j < padded; j += W) {
+  over_arcs<SumProduct>(x, arcs.weight, N, padded, to);
+  for (int64_t j = 0; j < padded; j += W) {
     const V sum = load(to + j), top = load(arcs.top + j);
     const Int<double> safe = sum >= kSafe, redo = ~safe & (top > kNinf);
     store(to + j, safe ? top + log_of(safe ? sum : splat(1.)) : splat(kNinf));
@@ -245,11 +268,8 @@ template <class In>
 void log_sum_window(Window &w, const Durations<In> &durations, int64_t slot, double *to, double *sum) {
   const int64_t D = w.D, padded = w.padded;
   const double *weight = durations.weight + durations.row(slot), *score = durations.score + durations.row(slot);
-  int64_t j = 0;
-  for (; padded - j >= 4 * W; j += 4 * W) window_block<4>(w.weight + j, weight + j, D, padded, sum + j);
-  for (; padded - j >= 2 * W; j += 2 * W) window_block<2>(w.weight + j, weight + j, D, padded, sum + j);
-  if (j < padded) window_block<1>(w.weight + j, weight + j, D, padded, sum + j);
-  for (j = 0; j < padded; j += W) {
+  over_window<SumProduct>(w.weight, weight, D, padded, sum);
+  for (int64_t j = 0; j < padded; j += W) {
     const V total = load(sum + j), base = load(w.base + j);
     const Int<double> safe = total >= kSafeWindow;
     if (!any<double>(~safe & (load(w.top + j) > kNinf))) {

@@ -120,11 +120,12 @@ template <class In> struct Paths : Status {
   explicit Paths(const hmm_semi_markov &problem) : p(problem) {}
 
   // A path of sequence b, -1 and 0 past its end and where none is feasible.
-  template <class Choose> void path(const View<In> &q, int64_t b, int64_t row, bool feasible, double *scratch, int64_t longest, Choose choose) {
+  template <class Choose>
+  void path(const View<In> &q, int64_t b, int64_t row, bool feasible, const double *most, double *scratch, int64_t longest, Choose choose) {
     int64_t *z = states + row * p.time;
     uint8_t *s = starts + row * p.time;
     const int64_t L = feasible ? q.length : 0;
-    if (feasible) walk(q, longest, Messages(p, b, messages, centre), z, s, scratch, choose);
+    if (feasible) walk(q, longest, most, Messages(p, b, messages, centre), z, s, scratch, choose);
     for (int64_t t = L; t < p.time; t++) z[t] = -1, s[t] = 0;
   }
 };
@@ -138,17 +139,21 @@ template <class In> struct Viterbi : Paths<In> {
   void operator()(int worker, int workers) {
     const FlushToZero flush;
     Workplace<In> place(p);
-    Scratch<double> scratch(p.states > place.longest ? p.states : place.longest);
-    if (!scratch.data) return this->out_of_memory();
+    const int64_t N = p.states, padded = place.window.padded;
+    Scratch<double> scratch(N > place.longest ? N : place.longest), arcs(N * padded), most(p.time);
+    if (!scratch.data || !arcs.data || !most.data) return this->out_of_memory();
     for (int64_t k = worker; k < p.batch; k += workers) {
       const int64_t b = order[k];
       const View<In> q(p, b);
       if (!place.prepare(q, false, false)) return this->out_of_memory();
+      if (k == worker || p.transition_batch_stride)
+        for (int64_t i = 0; i < N; i++) widen(q.transition + i * N, N, padded, arcs + i * padded);
+      frame_maxima(q, most);
       const Messages out(p, b, this->messages, this->centre);
-      const double best = best_messages(q, *place.durations, place.window, out, (double *)place.rows);
+      const double best = best_messages(q, arcs, *place.durations, place.window, most, out, place.rows);
       out.clear_rest(p, q.length);
       score[b] = In(best);
-      this->path(q, b, b, best - best == 0, scratch, place.longest, choose_best);
+      this->path(q, b, b, best - best == 0, most, scratch, place.longest, choose_best);
     }
   }
 };
@@ -163,14 +168,17 @@ template <class In> struct Sample : Paths<In> {
   void operator()(int worker, int workers) {
     const FlushToZero flush;
     const int64_t longest = p.max_duration < p.time ? p.max_duration : p.time;
-    Scratch<double> scratch(p.states > longest ? p.states : longest);
-    if (!scratch.data) return this->out_of_memory();
-    for (int64_t b = worker; b < p.batch; b += workers)
+    Scratch<double> scratch(p.states > longest ? p.states : longest), most(p.time);
+    if (!scratch.data || !most.data) return this->out_of_memory();
+    for (int64_t b = worker; b < p.batch; b += workers) {
+      const View<In> q(p, b);
+      const bool feasible = log_partition[b] - log_partition[b] == 0;
+      frame_maxima(q, most);
       for (int64_t s = 0; s < samples; s++) {
         const int64_t row = s * p.batch + b;
-        const bool feasible = log_partition[b] - log_partition[b] == 0;
-        this->path(View<In>(p, b), b, row, feasible, scratch, longest, ChooseDrawn{uniform + 2 * row * p.time});
+        this->path(q, b, row, feasible, most, scratch, longest, ChooseDrawn{uniform + 2 * row * p.time});
       }
+    }
   }
 };
 

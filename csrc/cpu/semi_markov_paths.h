@@ -14,18 +14,16 @@
 namespace {
 namespace semi_markov {
 
-template <int B, class In> HMM_INLINE void max_block(const In *arcs, const double *from, int64_t N, int64_t j0, double *to) {
-  V m[B];
-  for (int v = 0; v < B; v++) m[v] = splat(kNinf);
-  for (int64_t i = 0; i < N; i++)
-    for (int v = 0; v < B; v++)
-      m[v] = larger(m[v], load_as(arcs + i * N + j0 + v * W, N - j0 - v * W, kNinf) + from[i]);
-  for (int v = 0; v < B; v++) store(to + j0 + v * W, m[v]);
+// most[t]: the largest score of each frame.
+template <class In> void frame_maxima(const View<In> &q, double *most) {
+  for (int64_t t = 0; t < q.length; t++) most[t] = row_max<In, double>(q.frame(t), q.states);
 }
 
-// The highest score; -inf where nothing is feasible, NaN where a score is NaN or +inf.
+// The highest score; -inf where nothing is feasible, NaN where a score is NaN or +inf. arcs: the transitions' scores,
+// (N, padded). most: of frame_maxima.
 template <class In>
-double best_messages(const View<In> &q, const Durations<In> &durations, Window &w, const Messages &out, double *rows /* 2 padded */) {
+double best_messages(const View<In> &q, const double *arcs, const Durations<In> &durations, Window &w, const double *most,
+                     const Messages &out, double *rows /* 2 padded */) {
   const int64_t N = q.states, L = q.length, padded = w.padded;
   double *start = rows, *end = rows + padded, offset = 0;
   if (L == 0) return 0;
@@ -34,49 +32,41 @@ double best_messages(const View<In> &q, const Durations<In> &durations, Window &
   w.empty();
   for (int64_t t = 0; t < L; t++) {
     if (t == 0) widen(q.initial, N, padded, start);
-    else {
-      int64_t j = 0;
-      for (; padded - j >= 4 * W; j += 4 * W) max_block<4>(q.transition, end, N, j, start);
-      for (; j < padded; j += W) max_block<1>(q.transition, end, N, j, start);
-    }
-    const double most = row_max<In, double>(q.frame(t), N);
-    wrong |= w.enter<false>(t % w.D, start, q.frame(t), N, most);
-    const double *score = durations.score + durations.row(t % w.D);
-    for (int64_t j = 0; j < padded; j += W) {
-      V m = splat(kNinf);
-      for (int64_t k = j; k < w.D * padded; k += padded) m = larger(m, load(w.score + k) + load(score + k));
-      store(end + j, m + load(w.base + j));
-    }
+    else over_arcs<MaxPlus>(end, arcs, N, padded, start);
+    wrong |= w.enter<false>(t % w.D, start, q.frame(t), N, most[t]);
+    over_window<MaxPlus>(w.score, durations.score + durations.row(t % w.D), w.D, padded, end);
+    for (int64_t j = 0; j < padded; j += W) store(end + j, load(end + j) + load(w.base + j));
     out.centre[t] = centre_message(end, padded);
     w.shift(out.centre[t]);
-    offset += most + out.centre[t];
+    offset += most[t] + out.centre[t];
     std::memcpy(out.start + t * N, start, N * sizeof(double));
     std::memcpy(out.end + t * N, end, N * sizeof(double));
   }
   if (wrong) return std::numeric_limits<double>::quiet_NaN();
-  double most = kNinf;
-  for (int64_t j = 0; j < N; j++) most = std::fmax(most, end[j] + (q.final ? double(q.final[j]) : 0.));
-  return offset + most;
+  double best = kNinf;
+  for (int64_t j = 0; j < N; j++) best = std::fmax(best, end[j] + (q.final ? double(q.final[j]) : 0.));
+  return offset + best;
 }
 
 // Walks back over the messages of a feasible sequence; choose(t, which, scores, n) picks one of n scores, for the state
-// (which = 0) and the duration (1) of the segment that ends at t. states, starts: (L,) out. scratch: max(N, D).
+// (which = 0) and the duration (1) of the segment that ends at t. most: of frame_maxima. states, starts: (L,) out.
+// scratch: max(N, D).
 template <class In, class Choose>
-void walk(const View<In> &q, int64_t longest, const Messages &in, int64_t *states, uint8_t *starts, double *scratch, Choose choose) {
+void walk(const View<In> &q, int64_t longest, const double *most, const Messages &in, int64_t *states, uint8_t *starts,
+          double *scratch, Choose choose) {
   const int64_t N = q.states;
   clear(starts, q.length);
   for (int64_t t = q.length - 1, next = -1; t >= 0;) {
     for (int64_t i = 0; i < N; i++)
       scratch[i] = in.end[t * N + i] + (next >= 0 ? double(q.transition[i * N + next]) : q.final ? double(q.final[i]) : 0.);
-    const int64_t j = choose(t, 0, scratch, N), most = longest < t + 1 ? longest : t + 1;
+    const int64_t j = choose(t, 0, scratch, N), durations = longest < t + 1 ? longest : t + 1;
     double window = 0;
-    for (int64_t d = 1; d <= most; d++) {
-      const In *frame = q.frame(t - d + 1);
-      window += double(frame[j]) - row_max<In, double>(frame, N);
+    for (int64_t d = 1; d <= durations; d++) {
+      window += double(q.frame(t - d + 1)[j]) - most[t - d + 1];
       scratch[d - 1] = in.start[(t - d + 1) * N + j] + double(q.durations[j * q.most + d - 1]) + window;
       if (t >= d) window -= in.centre[t - d];
     }
-    const int64_t begin = t - choose(t, 1, scratch, most);
+    const int64_t begin = t - choose(t, 1, scratch, durations);
     for (int64_t s = begin; s <= t; s++) states[s] = j;
     starts[begin] = 1;
     t = begin - 1, next = j;

@@ -167,7 +167,8 @@ typedef struct hmm_active_problem {
 } hmm_active_problem;
 
 /* As the functions without `active` in their names, over slots (csrc/cpu/active.h).
- *   alpha, state, delta (B, T, K), 0 where a slot pads and past the end; method HMM_SCALED or HMM_REDONE.
+ *   alpha, state (B, T, K), 0 where a slot pads and past the end; back (B, T, K), workspace; method HMM_SCALED or
+ *   HMM_REDONE.
  *   edge, NULL to skip: (N, N), summed over the batch, where edge_batch_stride is 0 (and transition_batch_stride too), else
  *   (B, N, N). states: (B, T) and (S, B, T), of 0..N-1. Ties of Viterbi go to the smallest state. */
 HMM_API int hmm_active_forward_f32(const hmm_active_problem *, float *log_partition, float *alpha, int32_t *method);
@@ -176,8 +177,8 @@ HMM_API int hmm_active_backward_f32(const hmm_active_problem *, const float *gra
                                     float *state, float *edge, int64_t edge_batch_stride);
 HMM_API int hmm_active_backward_f64(const hmm_active_problem *, const double *grad, const double *alpha, const int32_t *method,
                                     double *state, double *edge, int64_t edge_batch_stride);
-HMM_API int hmm_active_viterbi_f32(const hmm_active_problem *, float *score, float *delta, int64_t *states);
-HMM_API int hmm_active_viterbi_f64(const hmm_active_problem *, double *score, double *delta, int64_t *states);
+HMM_API int hmm_active_viterbi_f32(const hmm_active_problem *, float *score, float *back, int64_t *states);
+HMM_API int hmm_active_viterbi_f64(const hmm_active_problem *, double *score, double *back, int64_t *states);
 HMM_API int hmm_active_sample_f32(const hmm_active_problem *, int64_t samples, const float *log_partition, const float *alpha,
                                   const int32_t *method, const float *uniform, int64_t *states);
 HMM_API int hmm_active_sample_f64(const hmm_active_problem *, int64_t samples, const double *log_partition, const double *alpha,

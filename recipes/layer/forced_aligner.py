@@ -12,9 +12,9 @@ import torch
 from torch.nn.functional import one_hot
 from torch.nn.utils.rnn import pad_sequence
 
-from hmm_speech.configuration import report_user_errors
 from hmm_speech.data.textgrid import write_textgrid
 from hmm_speech.data.unitfile import Phone, read_units
+from hmm_speech.errors import report_user_errors
 from hmm_speech.hmm import HMM, Banded
 
 

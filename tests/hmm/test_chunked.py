@@ -225,7 +225,7 @@ emission = torch.randn(B, T, N, requires_grad=True)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << {shift})
 
 def chain(function, frames):
-    arcs = Chunked(lambda a, b: base + u[:, a:b, :, None] * v[:, a:b, None, :], 20)
+    arcs = Chunked(lambda a, b: base + u[:, a:b, :, None] * v[:, a:b, None, :], 8)
     return function(HMM(final, arcs, emission[:, :frames])).sum()
 
 for method in {methods}:

@@ -11,10 +11,9 @@ import torch
 
 from hmm_speech.callbacks import ClusterInitialisation
 from hmm_speech.checkpoint import load
-from hmm_speech.configuration import report_user_errors
 from hmm_speech.data.batching import collate
 from hmm_speech.data.datamodule import SyntheticDataModule
-from hmm_speech.errors import UserError
+from hmm_speech.errors import UserError, report_user_errors
 from hmm_speech.module import SpeechHMM
 from tests.runs import NETWORKS, train_in_two_processes
 
