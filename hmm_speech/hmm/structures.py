@@ -144,7 +144,9 @@ class Chunked:
 
     Args:
         function: as above; its result has the scores' device and any floating-point type that may stand beside theirs.
-        chunk: the number of frames asked for at a time, at least 1. Memory grows with it, overhead falls.
+        chunk: the number of frames asked for at a time, at least 1. Memory grows with it, overhead falls. On a CPU keep
+            its scores below 32 MB: of what is larger, glibc gives the memory back at once and Linux clears it anew
+            (B = 8, N = 256, float32: 20 frames at a time took 2.5 times as long as 15).
 
     >>> import torch
     >>> from hmm_speech.hmm import HMM, Chunked

@@ -144,7 +144,7 @@ def test_first_and_second_derivatives(backend, method, seed):
     with use_backend(backend):
         assert torch.autograd.gradcheck(function, tuple(inputs.values()))
         if seed in (1, 4):
-            assert torch.autograd.gradgradcheck(function, tuple(inputs.values()))
+            assert torch.autograd.gradgradcheck(function, tuple(inputs.values()), fast_mode=True)
 
 
 def test_viterbi_score_and_path_score_are_differentiable():

@@ -246,4 +246,4 @@ def test_second_derivatives_from_both_ends():
 
     with threads(2), use_backend("native"):
         assert torch.autograd.gradcheck(function, inputs)
-        assert torch.autograd.gradgradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
