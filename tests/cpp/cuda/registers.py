@@ -35,8 +35,7 @@ LIMITS |= {100: (64, 32, 228), 120: (48, 24, 100)}
 # Every width of scaled.cu, and the other regimes with and without tiles.
 STATES = {"shared": (32, 64, 96, 128, 256, 600, 1025), "per-sequence": (200,), "time-varying": (50, 128, 384, 512, 520)}
 ARCHITECTURES = tuple(LIMITS)
-# Architectures by what PTX they are compiled from, which is the same but for its name: sources tell no more apart than
-# __CUDA_ARCH__ >= 800, and nvcc has another front end from 100 on. This saves a third of the time.
+# Architectures by what PTX they are compiled from, as in csrc/CMakeLists.txt.
 PTX = {75: (75,), 80: (80, 86, 90), 100: (100, 120)}
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)'")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
