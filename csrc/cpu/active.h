@@ -26,20 +26,6 @@ namespace {
 
 template <class Real> constexpr int kReachedBits = sizeof(Real) == 4 ? -68 : -920;
 
-// Asks for what a frame brings in, kStreamed frames before it is needed: rows of arcs and counts come and go between, and the
-// hardware loses the streams.
-constexpr int64_t kStreamed = 24;
-template <class Real>
-HMM_INLINE void prefetch_frame(const ActiveSequence<Real> &q, int64_t t, const Real *alpha, const Real *state) {
-  if (t < 0 || t >= q.length) return;
-  const int64_t at = t * q.slots;
-  __builtin_prefetch(q.score + at, 0, 3);
-  __builtin_prefetch(q.id + at, 0, 3);
-  __builtin_prefetch(q.id + at + (q.slots < 8 ? q.slots : 8) - 1, 0, 3);
-  if (alpha) __builtin_prefetch(alpha + at, 0, 3);
-  if (state) __builtin_prefetch(state + at, 1, 3);
-}
-
 // Rows of scratch that the passes over one sequence share, padded to whole vectors.
 template <class Real> struct ActiveRows {
   const int64_t width;

@@ -90,6 +90,20 @@ HMM_INLINE void prefetch_window(const Real *matrix, int64_t pitch, const Frame<R
   }
 }
 
+// Asks for what a frame brings in, kStreamed frames before it is needed: rows of arcs and counts come and go between, and the
+// hardware loses the streams.
+constexpr int64_t kStreamed = 24;
+template <class Real>
+HMM_INLINE void prefetch_frame(const ActiveSequence<Real> &q, int64_t t, const Real *alpha, const Real *state) {
+  if (t < 0 || t >= q.length) return;
+  const int64_t at = t * q.slots;
+  __builtin_prefetch(q.score + at, 0, 3);
+  __builtin_prefetch(q.id + at, 0, 3);
+  __builtin_prefetch(q.id + at + (q.slots < 8 ? q.slots : 8) - 1, 0, 3);
+  if (alpha) __builtin_prefetch(alpha + at, 0, 3);
+  if (state) __builtin_prefetch(state + at, 1, 3);
+}
+
 // Memory that is written before it is read; huge pages where the system has them, since rows lie a page apart.
 template <class Real> struct Pages {
   Real *data;
