@@ -187,7 +187,7 @@ def bench(
 
 
 def main() -> None:
-    """Run the command; a user's mistake, or a file that cannot be read or written, is told in a line."""
+    """Run the command; a user's mistake, or a file that cannot be read or written, is told without a traceback."""
     with report_user_errors():
         app()
 

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 # Mistakes that other packages find, by name: their import is heavy.
@@ -35,5 +35,6 @@ def report_user_errors() -> Iterator[None]:
             raise
         more = "" if isinstance(error, UserError) else "\n(HYDRA_FULL_ERROR=1 shows where it comes from)"
         print(f"error: {error}{more}", file=sys.stderr)
-        sys.stdout.flush()
+        with suppress(OSError):  # which may be what is told
+            sys.stdout.flush()
         sys.exit(1)

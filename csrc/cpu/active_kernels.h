@@ -147,7 +147,6 @@ int backward(const hmm_active_problem &p, const int64_t *order, Parallel paralle
 template <class Real> struct Viterbi : Status {
   const hmm_active_problem &p;
   const int64_t *order;
-  int64_t frames;  // of all sequences
   Real *score, *back;
   int64_t *states;
 
@@ -155,15 +154,11 @@ template <class Real> struct Viterbi : Status {
     const FlushToZero flush;
     ActivePaths<Real> rows(p.slots);
     if (!rows.allocated()) return out_of_memory();
-    bool sound = false;  // no score of an arc is NaN or +inf: looked up where that costs less than at each frame
     for (int64_t k = worker; k < p.batch; k += workers) {
       const int64_t b = order[k];
-      const ActiveSequence<Real> q(p, b);
       int64_t *path = states + b * p.time;
       Real *mine = back + b * p.time * p.slots;
-      if (k == worker || p.transition_batch_stride)
-        sound = wants_table(p, p.transition_batch_stride ? q.length : frames) && !any_bad(q.transition, p.states * p.states);
-      score[b] = Real(sound ? viterbi_active<false>(q, rows, mine, path) : viterbi_active<true>(q, rows, mine, path));
+      score[b] = Real(viterbi_active(ActiveSequence<Real>(p, b), rows, mine, path));
       for (int64_t t = p.lengths[b]; t < p.time; t++) path[t] = -1;
     }
   }
@@ -171,7 +166,7 @@ template <class Real> struct Viterbi : Status {
 
 template <class Real>
 int viterbi(const hmm_active_problem &p, const int64_t *order, Parallel parallel, Real *score, Real *back, int64_t *states) {
-  Viterbi<Real> body{{}, p, order, all_frames(p), score, back, states};
+  Viterbi<Real> body{{}, p, order, score, back, states};
   return run(parallel, p.batch, p.threads, body);
 }
 

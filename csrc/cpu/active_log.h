@@ -3,7 +3,7 @@
 // (viterbi.h). Forward-backward and sampling gather blocks of scores frame by frame, K^2 reads; Viterbi reads them in place
 // between two runs: K^2 additions, maxima, comparisons and choices a frame. It keeps where each slot came from, K numbers a
 // frame: a walk back over scores would read K lines a frame again, each from another page (1.4 times as slow at K = 10).
-// For 83,000 frames of K = 10 on one core of an EPYC (Zen 3, AVX2) it takes .6 of what the forward pass does.
+// For 83,000 frames of K = 10 on one core of an EPYC (Zen 3, AVX2) it takes .6 to .8 of what the forward pass does.
 // Limits: none on N, T or K.
 #pragma once
 #include "active_blocks.h"
@@ -108,9 +108,9 @@ template <class Real> struct ActiveLog {
 };
 
 // out(j) = max_i [delta(i) + phi(i, j)] and back(j) = the first i that attains it, for B vectors of columns from j, of which
-// those of `used` count and the others are -inf. Returns where one of phi is NaN or +inf, if Check: maxima forget a NaN, and
-// what came before it. back is kept in the bits of numbers.
-template <int B, bool Check, class Real>
+// those of `used` count and the others are -inf. Returns where one of phi is NaN or +inf: maxima forget a NaN, and what came
+// before it. back is kept in the bits of numbers.
+template <int B, class Real>
 HMM_INLINE Int<Real> max_slots(const Real *arcs, int64_t pitch, const Real *delta, int64_t rows, int64_t j, const Real *used,
                                Real *out, Real *back) {
   constexpr int W = kLanes<Real>;
@@ -124,11 +124,11 @@ HMM_INLINE Int<Real> max_slots(const Real *arcs, int64_t pitch, const Real *delt
       const Vec<Real> x = load(row + v * W), s = x + splat(delta[i]);
       at[v] = s > best[v] ? index : at[v];
       best[v] = larger(best[v], s);
-      if (Check) right[v] &= x < std::numeric_limits<Real>::infinity();
+      right[v] &= x < std::numeric_limits<Real>::infinity();
     }
   for (int v = 0; v < B; v++) {
     const Int<Real> counts = load(used + j + v * W) > Real(0);
-    if (Check) wrong |= ~right[v] & counts;
+    wrong |= ~right[v] & counts;
     store(out + j + v * W, counts ? best[v] : splat(ninf));
     store(back + j + v * W, (Vec<Real>)at[v]);
   }
@@ -149,8 +149,8 @@ template <class Real> struct ActivePaths {
   }
 
   // row(j) = max_i [delta(i) + phi(i, j)], back(j) its slot i; of several that of the smallest state. Whether a score is NaN
-  // or +inf, if Check. Between two runs phi is read in place.
-  template <bool Check> bool step(const ActiveSequence<Real> &q, const Frame<Real> &from, const Frame<Real> &to) {
+  // or +inf. Between two runs phi is read in place.
+  bool step(const ActiveSequence<Real> &q, const Frame<Real> &from, const Frame<Real> &to) {
     constexpr int W = kLanes<Real>;
     const int64_t N = q.states;
     // Past the last columns of a matrix's last row there may be nothing to read.
@@ -163,28 +163,47 @@ template <class Real> struct ActivePaths {
     count = to.count;
     Int<Real> wrong = {};
     int64_t j = 0;
-    for (; j + 2 * W <= width; j += 2 * W) wrong |= max_slots<2, Check, Real>(arcs, pitch, delta, from.count, j, used, row, back);
-    if (j < width) wrong |= max_slots<1, Check, Real>(arcs, pitch, delta, from.count, j, used, row, back);
-    if (!from.run) break_ties(from, to);
+    for (; j + 2 * W <= width; j += 2 * W) wrong |= max_slots<2, Real>(arcs, pitch, delta, from.count, j, used, row, back);
+    if (j < width) wrong |= max_slots<1, Real>(arcs, pitch, delta, from.count, j, used, row, back);
+    if (!from.run && !ascending(from) && tied(from)) break_ties(from, to);
     return any<Real>(wrong);
   }
 
-  // The slot that came before slot j of the last step.
-  static int64_t slot(const Real *back, int64_t j) {
-    decltype(Int<Real>{}[0] + 0) i;
-    std::memcpy(&i, back + j, sizeof i);
-    return i;
+  // back(j).
+  static int64_t came_from(const Real *back, int64_t j) {
+    Index slot;
+    std::memcpy(&slot, back + j, sizeof slot);
+    return slot;
   }
 
  private:
-  // The slots of a run are in the order of its states; those of `from` need not be.
+  using Index = std::remove_reference_t<decltype(Int<Real>{}[0])>;
+
+  // Whether slots are in the order of their states, as those of a run are: then the first of several maxima is right.
+  static bool ascending(const Frame<Real> &f) {
+    bool all = true;
+    for (int64_t k = 1; k < f.count; k++) all &= uint64_t(f.id[k - 1]) <= uint64_t(f.id[k]);  // what pads may come last
+    return all;
+  }
+
+  // Whether several slots attain a maximum, which is rare.
+  bool tied(const Frame<Real> &from) const {
+    Int<Real> several = {};
+    for (int64_t j = 0; j < width; j += kLanes<Real>) {
+      const Vec<Real> best = load(row + j);
+      Int<Real> n = {};
+      for (int64_t i = 0; i < from.count; i++) n -= load(block + i * width + j) + splat(delta[i]) == best;
+      several |= (n > 1) & (best > kNegativeInfinity<Real>);
+    }
+    return any<Real>(several);
+  }
+
   void break_ties(const Frame<Real> &from, const Frame<Real> &to) {
     for (int64_t j = 0; j < to.count; j++) {
-      int64_t best = slot(back, j);
+      Index best = Index(came_from(back, j));
       for (int64_t i = best + 1; i < from.count; i++)
-        if (block[i * width + j] + delta[i] == row[j] && from.id[i] >= 0 && from.id[i] < from.id[best]) best = i;
-      const auto bits = decltype(Int<Real>{}[0] + 0)(best);
-      std::memcpy(back + j, &bits, sizeof bits);
+        if (from.id[i] >= 0 && from.id[i] < from.id[best] && block[i * width + j] + delta[i] == row[j]) best = Index(i);
+      std::memcpy(back + j, &best, sizeof best);
     }
   }
 };
@@ -201,7 +220,7 @@ template <class Real> int64_t best_slot(const Real *score, const Frame<Real> &f)
 }
 
 // The score of the best path and its states (L). back (L, K) is workspace: where row t > 0 came from.
-template <bool Check, class Real>
+template <class Real>
 double viterbi_active(const ActiveSequence<Real> &q, ActivePaths<Real> &rows, Real *back, int64_t *states) {
   const int64_t K = q.slots, L = q.length, width = rows.width;
   const Real ninf = kNegativeInfinity<Real>;
@@ -225,7 +244,7 @@ double viterbi_active(const ActiveSequence<Real> &q, ActivePaths<Real> &rows, Re
       top = row_max<Real, Real>(row, width);
       for (int64_t j = 0; j < width; j++) row[j] -= top;
     } else {
-      if (rows.template step<Check>(q, from, to)) offset = std::numeric_limits<double>::quiet_NaN();
+      if (rows.step(q, from, to)) offset = std::numeric_limits<double>::quiet_NaN();
       for (int64_t j = 0; j < width; j += kLanes<Real>) store_part(back + t * K + j, K - j, load(rows.back + j));
     }
     const bool end = q.final && t == L - 1;
@@ -241,7 +260,7 @@ double viterbi_active(const ActiveSequence<Real> &q, ActivePaths<Real> &rows, Re
   int64_t slot = best_slot((const Real *)delta, to);
   for (int64_t t = L - 1; t >= 0; t--) {
     states[t] = q.id[t * K + slot];
-    if (t > 0) slot = rows.slot(back + t * K, slot);
+    if (t > 0) slot = rows.came_from(back + t * K, slot);
   }
   return offset;  // the maximum of the last delta is 0
 }
