@@ -116,19 +116,19 @@ HMM_INLINE Int<Real> max_slots(const Real *arcs, int64_t pitch, const Real *delt
   constexpr int W = kLanes<Real>;
   const Real ninf = kNegativeInfinity<Real>;
   Vec<Real> best[B];
-  Int<Real> at[B], right[B], index = {}, wrong = {};
-  for (int v = 0; v < B; v++) best[v] = splat(ninf), at[v] = Int<Real>{}, right[v] = ~Int<Real>{};
+  Int<Real> at[B] = {}, bad[B] = {}, index = {}, wrong = {};
+  for (int v = 0; v < B; v++) best[v] = splat(ninf);
   const Real *row = arcs + j;
   for (int64_t i = 0; i < rows; i++, row += pitch, index += 1)
     for (int v = 0; v < B; v++) {
       const Vec<Real> x = load(row + v * W), s = x + splat(delta[i]);
       at[v] = s > best[v] ? index : at[v];
       best[v] = larger(best[v], s);
-      right[v] &= x < std::numeric_limits<Real>::infinity();
+      bad[v] |= is_bad<Real>(x);
     }
   for (int v = 0; v < B; v++) {
     const Int<Real> counts = load(used + j + v * W) > Real(0);
-    wrong |= ~right[v] & counts;
+    wrong |= bad[v] & counts;
     store(out + j + v * W, counts ? best[v] : splat(ninf));
     store(back + j + v * W, (Vec<Real>)at[v]);
   }
