@@ -11,17 +11,20 @@
 // maximum for the arcs that are left, which depends on the scores. The full product of several sequences (max_step of viterbi.h)
 // reads arcs once for all of them. Which is cheaper depends on that, on the caches that hold the arcs and on what else the machine
 // does; so both are timed, the one that is not in use at one step in 64. What is found is the same.
-// Measured on one core of an EPYC (Zen 3, AVX2), float, B = 8, T = 1000, us a frame and sequence pruned / by full products, least
-// of a dozen rounds and more, for scores that are normal numbers and for a trained model's like (stays, emissions ten times as far
-// apart): N = 128 .64 / .64 and .38 / .64;  256 2.2 / 2.1 and 1.0 / 2.1;  512 7.0 / 8.2 and 2.4 / 8.3;  1024 21 / 29 and 6.3 / 29.
-// With other work beside it, T = 300, times over the forward pass's, pruned where a third of the arcs is left at most / by full
-// products / by the clock, for the same scores: N = 1024 1.62 / 1.39 / 1.37 and .60 / 1.36 / .59; 2048, whose arcs come from the
-// third cache or from memory, 1.79 / 1.12 / 1.24 and .22 / 1.16 / .24.
+// Measured on one core of an EPYC (Zen 3, AVX2), float, B = 8, T = 300 to 1000, medians of a dozen rounds, times over the forward
+// pass's as chosen by the clock, for scores that are normal numbers (by full products mostly, whose instructions bound it) and
+// for a trained model's like (stays, emissions ten times as far apart): N = 128 1.11 and 1.16;  256 1.19 and 1.07;  512 1.22 and
+// .95;  1024 1.36 and .73;  2048 1.18 and .65. With a sequence's blocks in one go instead, so that arcs came from the third cache
+// for each sequence: 1.16, 1.04, .87 and .81 for the last scores from 256 on.
+// Tried, no faster: blocks of half the columns (N^2 / 16 numbers to compare), lists by a table of bytes' bits (better for N = 256,
+// worse from 1024 on), arcs of the next block asked for ahead, a step before's L in place of the threshold (fewer arcs, but half
+// of the blocks are looked through twice).
 #pragma once
 #include <algorithm>
 #include <chrono>
 
 #include "max_arcs.h"
+#include "scaled.h"
 
 namespace {
 
@@ -36,10 +39,11 @@ inline uint64_t ticks() {
 
 template <class Real> class PrunedStep {
  public:
-  PrunedStep(const MaxArcs<Real> &all, int sequences) : arcs(all), rest(all.padded), least(all.blocks), list(all.padded) {
+  PrunedStep(const MaxArcs<Real> &all, int sequences)
+      : arcs(all), leaders(sequences * all.padded), rest(sequences * all.padded), list(all.padded) {
     for (int m = 0; m < sequences; m++) threshold[m] = Real(-1);
   }
-  bool allocated() const { return rest.data && least.data && list.data; }
+  bool allocated() const { return leaders.data && rest.data && list.data; }
 
   // Begins a step of all sequences; whether it is to be pruned. The first steps are, while the threshold is found.
   bool begin() {
@@ -49,28 +53,27 @@ template <class Real> class PrunedStep {
     return pruning;
   }
 
-  // out (padded) from delta (N), whose maximum is 0, of the m-th sequence.
-  void step(int m, const Real *delta, Real *out) {
-    const int64_t taken = split(delta, threshold[m]);
-    int64_t behind = 0;
-    for (int64_t k = 0; k < arcs.blocks; k++) {
-      Best best(arcs, k);
-      best.take(delta, list, taken);
-      best.store_to(out);
-      least[k] = best.least();
+  // out (padded) from delta (N), whose maximum is 0, of n sequences, of which live[k] is the number of the k-th. Blocks go by
+  // one after the other, so that the arcs of one stay in the nearer caches while all sequences take theirs.
+  void step(const int *live, int n, const Real *const *delta, Real *const *out) {
+    int64_t leading[kGroup], behind[kGroup] = {};
+    for (int k = 0; k < n; k++) leading[k] = split(k, delta[k], threshold[live[k]]);
+    for (int64_t block = 0; block < arcs.blocks; block++)
+      for (int k = 0; k < n; k++) {
+        Best best(arcs, block);
+        best.take(delta[k], leaders + k * arcs.padded, leading[k]);
+        const int64_t more = above(best.least(), rest + k * arcs.padded, arcs.tops + block * arcs.padded);
+        best.take(delta[k], list, more);
+        best.store_to(out[k]);
+        behind[k] += more;
+      }
+    for (int k = 0; k < n; k++) {
+      const int64_t ahead = leading[k] * arcs.blocks;
+      Real &bound = threshold[live[k]];
+      const Real next = bound * (behind[k] > ahead ? kStep : 1 / kStep);
+      if (next > kLowest && next < kHighest) bound = next;
+      work += ahead + behind[k], whole += arcs.N * arcs.blocks;
     }
-    for (int64_t k = 0; k < arcs.blocks; k++) {
-      const int64_t more = above(least[k], arcs.tops + k * arcs.padded);
-      if (more == 0) continue;
-      Best best(arcs, k, out);
-      best.take(delta, list, more);
-      best.store_to(out);
-      behind += more;
-    }
-    const int64_t ahead = taken * arcs.blocks;
-    const Real next = threshold[m] * (behind > ahead ? kStep : 1 / kStep);
-    if (next > kLowest && next < kHighest) threshold[m] = next;
-    work += ahead + behind, whole += arcs.N * arcs.blocks;
   }
 
   // Ends it.
@@ -103,9 +106,6 @@ template <class Real> class PrunedStep {
         acc[v] = splat(kNegativeInfinity<Real>);
       }
     }
-    HMM_INLINE Best(const MaxArcs<Real> &arcs, int64_t block, const Real *so_far) : Best(arcs, block) {
-      for (int v = 0; v < V; v++) acc[v] = load(so_far + at[v]);
-    }
     HMM_INLINE Vec<Real> score(const Real *delta, int64_t i, int v) const {
       return sum_beside_max(load(columns[v] + i * kPanel<Real>), splat(delta[i]));
     }
@@ -135,33 +135,35 @@ template <class Real> class PrunedStep {
   };
 
   // 64 states' bits at a time, since each loop over bits ends in a branch that nobody can foretell.
-  template <class Lanes> HMM_INLINE int64_t listed(Lanes lanes) {
+  template <class Lanes> HMM_INLINE int64_t listed(int32_t *to, Lanes lanes) {
     constexpr int W = kLanes<Real>;
     int64_t count = 0;
     for (int64_t i = 0; i < arcs.padded; i += 64) {
       uint64_t bits = 0;
       for (int k = 0; k < 64; k += W)
         if (i + k < arcs.padded) bits |= uint64_t(lanes(i + k)) << k;
-      for (; bits; bits &= bits - 1) list[count++] = int32_t(i + __builtin_ctzll(bits));
+      for (; bits; bits &= bits - 1) to[count++] = int32_t(i + __builtin_ctzll(bits));
     }
     return count;
   }
-  // States above a bound go to the list, the others' delta to `rest`.
-  int64_t split(const Real *delta, Real bound) {
+  // The k-th sequence's states above a bound go to its `leaders`, the others' delta to its `rest`.
+  int64_t split(int k, const Real *delta, Real bound) {
     const Real ninf = kNegativeInfinity<Real>;
-    return listed([&](int64_t i) {
+    Real *const others = rest + k * arcs.padded;
+    return listed(leaders + k * arcs.padded, [&](int64_t i) {
       const Vec<Real> d = load_part(delta + i, arcs.N - i, ninf);
-      store(rest + i, d > bound ? splat(ninf) : d);
+      store(others + i, d > bound ? splat(ninf) : d);
       return lanes_greater(d, splat(bound));
     });
   }
-  // The states of `rest` that may give a block more than it has.
-  int64_t above(Real bound, const Real *top) {
-    return listed([&](int64_t i) { return lanes_greater(load(rest + i) + load(top + i), splat(bound)); });
+  // The states of `others` that may give a block more than it has.
+  int64_t above(Real bound, const Real *others, const Real *top) {
+    return listed(list, [&](int64_t i) { return lanes_greater(load(others + i) + load(top + i), splat(bound)); });
   }
 
   const MaxArcs<Real> &arcs;
-  Scratch<Real> rest, least;  // least: L of each block
+  Scratch<int32_t> leaders;  // of each sequence
+  Scratch<Real> rest;        // the others' delta, of each sequence
   Scratch<int32_t> list;
   Real threshold[kGroup];
   int64_t work = 0, whole = 0;  // arcs taken in this step, and all there are

@@ -139,7 +139,7 @@ void viterbi_group(const hmm_problem &p, const MaxArcs<Real> *arcs, PrunedStep<R
     }
     else {
       if (pruned && pruned->begin())
-        for (int k = 0; k < n; k++) pruned->step(live[k], previous[k], out[k]);
+        pruned->step(live, n, previous, out);
       else
         for_rows(n, [&](auto width) { max_step<decltype(width)::value>(*arcs, previous, out); });
       if (pruned) pruned->finish();
