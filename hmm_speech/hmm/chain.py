@@ -31,6 +31,8 @@ class Chain:
         final: Tensor | None,
         time: int,
     ):
+        if isinstance(transition, LowRank):
+            transition = transition.within(lengths)
         self.initial, self.transition, self.emission, self.lengths, self.final = (
             initial, transition, emission, lengths, final,
         )  # fmt: skip

@@ -27,9 +27,13 @@ def _doubled(p: Chain, q: Chain) -> tuple[Wide, Wide]:
 
 
 def _expectation(weight: Tensor, score: Tensor) -> Tensor:
-    """Sum over all axes but the first of weight * score; nothing times -inf (or NaN, in the padding) is nothing."""
-    used = torch.where((weight > 0) | score.isfinite(), score, 0)
-    return (weight * used).flatten(1).sum(1)
+    """Sum over all axes but the first of weight * score; nothing times -inf (or NaN, in the padding) is nothing.
+
+    Where it is -inf it has no gradient, and leaves those of the other sequences alone.
+    """
+    forbidden = (weight > 0) & (score == -torch.inf)
+    used = torch.where(((weight > 0) & ~forbidden) | score.isfinite(), score, 0)
+    return torch.where(forbidden.flatten(1).any(1), -torch.inf, (weight * used).flatten(1).sum(1))
 
 
 def expected_score(p: Wide, q: Wide) -> Tensor:
@@ -82,4 +86,6 @@ def kl_divergence(p: Chain, q: Chain) -> Tensor:
     """E_p[s_p] - log Z_p - E_p[s_q] + log Z_q, (B,), rounded once; see :meth:`HMM.kl_divergence`."""
     _same_frames(p, q)
     wide_p, wide_q = _doubled(p, q)
-    return (_cross_entropy(wide_p, wide_q) - _cross_entropy(wide_p, wide_p)).to(p.initial.dtype)
+    cross = _cross_entropy(wide_p, wide_q)
+    value = torch.where(cross == torch.inf, torch.inf, cross - _cross_entropy(wide_p, wide_p))
+    return value.to(p.initial.dtype)

@@ -31,7 +31,14 @@ def log_matmul_exp(left: Tensor, right: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
-    """Matrix products of float32 as they are: neither autocast nor TF32 may shorten their factors."""
+    """Matrix products of float32 as they are: neither autocast nor TF32 may shorten their factors.
+
+    TF32 is a setting of the whole process, so that it is touched on GPUs alone, which have it.
+    """
+    if device_type != "cuda":
+        with torch.autocast(device_type, enabled=False):
+            yield
+        return
     matmul = torch.backends.cuda.matmul
     name, full = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
     before = getattr(matmul, name)

@@ -56,6 +56,15 @@ class LowRank:
     def map(self, function: Callable[[Tensor], Tensor]) -> LowRank:
         return LowRank(function(self.left), function(self.right))
 
+    def within(self, lengths: Tensor) -> LowRank:
+        """This with 0 past sequences' ends, whatever factors hold there: NaN times the zero gradient of what is not
+        used would be NaN."""
+        if len(self.leading) < 2:
+            return self
+        steps = torch.arange(1, self.leading[1] + 1, device=lengths.device)
+        inside = (steps < lengths.unsqueeze(-1))[..., None, None]
+        return self.map(lambda x: torch.where(inside, x, 0))
+
     def dense(self) -> Tensor:
         """(..., N, N)."""
         return log_product(self.left, self.right)

@@ -234,6 +234,20 @@ def test_what_lies_past_the_end_is_not_read(which, transition):
         assert hmm.edge_marginals().isfinite().all() and hmm.topk(2).states.max() < 5 and hmm.sample(2).max() < 5
 
 
+@pytest.mark.parametrize("method", ["log_partition", "viterbi", "sample", "marginals"])
+@pytest.mark.parametrize("state", [5, 2**40])
+def test_kernels_look_at_states_themselves(method, state):
+    """As they must where nobody has: in a compiled graph, or after states were changed in place."""
+    arguments, _ = structured("dense", "active", 2, 4, 5, seed=4)
+    arguments["lengths"] = torch.tensor([4, 3])
+    hmm = HMM(**arguments)
+    hmm._chain.emission.states[1, 3, 0] = state  # past the end
+    getattr(hmm, method)()
+    hmm._chain.emission.states[1, 2, 0] = state
+    with pytest.raises(RuntimeError, match="states out of range"):
+        getattr(hmm, method)()
+
+
 @pytest.mark.parametrize("which", ["native", "reference"])
 def test_ties_go_to_the_smallest_state(which):
     states = torch.tensor([[[4, 1, 3], [2, -1, 0], [3, 4, -1]]])

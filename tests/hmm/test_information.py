@@ -49,6 +49,32 @@ def test_topk(backend, k, arguments):
             assert path_score(tuple(path[:length]), *pieces) == pytest.approx(score, rel=1e-9, abs=1e-8)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", ["cross_entropy", "kl_divergence"])
+@pytest.mark.parametrize("where", ["initial", "transition", "emission", "final"])
+def test_an_infinite_one_leaves_the_gradients_of_others_alone(backend, method, where):
+    """q forbids what p allows in the first sequence."""
+    gradients = []
+    for forbids in (True, False):
+        p, q = problem(2, 4, 3, "per-sequence", 1, lengths="full"), problem(2, 4, 3, "per-sequence", 2, lengths="full")
+        leaves = [p["initial"], p["transition"], p["emission"], q["transition"]]
+        for name in ("initial", "final"):
+            q[name] = q[name].expand(2, -1).clone()
+        for x in leaves:
+            x.requires_grad_()
+        if forbids:
+            q[where] = q[where].clone()
+            q[where].detach()[0].view(-1)[:5] = -INF
+        with use_backend(backend):
+            found = getattr(HMM(**p), method)(HMM(**q))
+        assert (found == INF).tolist() == [forbids, False]
+        gradients.append(torch.autograd.grad(found[1], leaves, retain_graph=True))
+        if forbids:
+            assert not any(x.any() for x in torch.autograd.grad(found[0], leaves))
+    for found, expected in zip(*gradients, strict=True):
+        close(found, expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_topk_begins_with_viterbi_and_is_differentiable(kind):
     arguments = problem(3, 8, 4, kind, 2)

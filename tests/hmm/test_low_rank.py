@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hmm_speech.hmm import HMM, LowRank, backend, library, low_rank_ops, low_rank_sweeps, use_backend
+from hmm_speech.hmm import HMM, Active, LowRank, backend, library, low_rank_ops, low_rank_sweeps, use_backend
 from hmm_speech.hmm.structures import log_product
 from tests.hmm.problems import INF, problem
 
@@ -190,6 +190,27 @@ def test_padding_is_never_read(kind, name):
     assert z[1] == 0 and (found["emission"][~inside] == 0).all()
     for key, gradient in found.items():
         torch.testing.assert_close(gradient, expected[2][key], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["edge_marginals", "transition_counts", "entropy", "viterbi", "topk"])
+@pytest.mark.parametrize("active", [False, True])
+def test_gradients_of_what_takes_single_arcs_do_not_read_the_padding(method, active):
+    arguments = low_rank(3, 6, 4, 2, "time-varying", 3)
+    arguments["lengths"] = torch.tensor([6, 0, 3])
+    if active:
+        states = torch.arange(4).expand(3, 6, 4).contiguous()
+        arguments["emission"] = Active(states, arguments["emission"])
+    past = torch.arange(1, 6) >= arguments["lengths"][:, None]
+    gradients = []
+    for padding in (0.0, float("nan")):
+        factors = arguments["transition"].map(lambda x: x.clone().requires_grad_())
+        filled = factors.map(lambda x, fill=padding: x.masked_fill(past[..., None, None], fill))
+        result = getattr(HMM(**arguments | {"transition": filled}), method)(*[2] * (method == "topk"))
+        result = result if isinstance(result, torch.Tensor) else result.score
+        gradients.append(torch.autograd.grad(result.square().sum(), (factors.left, factors.right)))
+    for found, expected in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(found, expected)
+        assert expected.any()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -77,3 +77,17 @@ def test_second_derivatives() -> None:
 
     assert torch.autograd.gradcheck(sums, (left, right))
     assert torch.autograd.gradgradcheck(sums, (left, right), fast_mode=True)
+
+
+def test_settings_of_gpus_are_left_alone_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the process's: another thread may be between reading and writing them back."""
+
+    class Untouchable:
+        def __getattr__(self, name: str) -> None:
+            raise AssertionError(f"{name} was read")
+
+        def __setattr__(self, name: str, value: object) -> None:
+            raise AssertionError(f"{name} was written")
+
+    monkeypatch.setattr(torch.backends.cuda, "matmul", Untouchable())
+    log_matmul_exp(torch.randn(3, 5), torch.randn(4, 5))
