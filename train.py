@@ -52,8 +52,8 @@ def train(config: dict, run: Path) -> None:
     module = SpeechHMM.from_config(config, data, allowed)
     if config["ckpt_path"] is not None:  # what cannot go on is told now
         check_resume(config["ckpt_path"], module, config["trainer"].get("max_epochs"))
-    callbacks = instantiate_all(config["callbacks"], kind=Callback, allowed=allowed, where="callbacks")
-    loggers = instantiate_all(config["logger"], kind=Logger, allowed=allowed, where="logger")
+    callbacks = instantiate_all(config.get("callbacks"), kind=Callback, allowed=allowed, where="callbacks")
+    loggers = instantiate_all(config.get("logger"), kind=Logger, allowed=allowed, where="logger")
     trainer = instantiate(
         config["trainer"],
         kind=Trainer,

@@ -79,10 +79,10 @@ class ResidualBlock(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.inner = nn.Linear(dim, dim)
         self.outer = nn.Linear(dim, dim)
-        self.dropout = dropout
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.dropout(F.relu(self.inner(self.norm(x))), self.dropout, self.training)
+        hidden = self.dropout(F.relu(self.inner(self.norm(x))))
         return x + self.outer(hidden)
 
 

@@ -71,13 +71,13 @@ class Context(nn.Module):
                 "context.observes=units"
             )
         _check_sizes(dim=dim, hop=hop)
-        self.observes, self.dim, self.hop, self.dropout = observes, dim, hop, dropout
+        self.observes, self.dim, self.hop, self.dropout = observes, dim, hop, nn.Dropout(dropout)
         self.past = Past(observes, vocabulary, dimension, dim, hop)
 
     def forward(self, observed: Tensor) -> Tensor:
         """(B, T, H) from units (B, T) or frames (B, T, D)."""
-        past_BTH = F.dropout(self.past(observed), self.dropout, self.training)
-        return F.dropout(self.summary(past_BTH), self.dropout, self.training)
+        past_BTH = self.dropout(self.past(observed))
+        return self.dropout(self.summary(past_BTH))
 
     def summary(self, past_BTH: Tensor) -> Tensor:
         """(B, T, H): row t depends on rows up to t."""
@@ -90,7 +90,7 @@ class _RecurrentContext(Context):
     def __init__(self, vocabulary: int, dimension: int | None = None, *, layers: int = 1, **options) -> None:
         super().__init__(vocabulary, dimension, **options)
         _check_sizes(layers=layers)
-        between = self.dropout if layers > 1 else 0.0
+        between = self.dropout.p if layers > 1 else 0.0
         self.network = self.cell(self.dim, self.dim, layers, batch_first=True, dropout=between)
 
     def summary(self, past_BTH: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class ConvolutionContext(Context):
 
     def summary(self, past_BTH: Tensor) -> Tensor:
         for block in self.blocks:
-            past_BTH = past_BTH + F.dropout(block(past_BTH), self.dropout, self.training)
+            past_BTH = past_BTH + self.dropout(block(past_BTH))
         return self.norm(past_BTH)
 
 
@@ -162,8 +162,8 @@ class TransformerContext(Context):
     def summary(self, past_BTH: Tensor) -> Tensor:
         hidden_BTH = past_BTH + positions(past_BTH.shape[1], self.dim).to(past_BTH)
         for block in self.blocks:
-            hidden_BTH = hidden_BTH + F.dropout(block.attend(hidden_BTH), self.dropout, self.training)
-            hidden_BTH = hidden_BTH + F.dropout(block.feed(hidden_BTH), self.dropout, self.training)
+            hidden_BTH = hidden_BTH + self.dropout(block.attend(hidden_BTH))
+            hidden_BTH = hidden_BTH + self.dropout(block.feed(hidden_BTH))
         return self.norm(hidden_BTH)
 
 
@@ -202,7 +202,7 @@ class LastUnits(Context):
         h_BTH = self.past(observed)
         for earlier in self.earlier:
             h_BTH = h_BTH + earlier(observed)
-        return F.dropout(h_BTH, self.dropout, self.training)
+        return self.dropout(h_BTH)
 
 
 def _check_sizes(**values: int) -> None:

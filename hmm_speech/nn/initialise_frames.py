@@ -98,7 +98,8 @@ def initialise_frames(
             f"callbacks.initialise cannot start {type(module.emission).__name__} on {module.topology} from clusters of "
             "frames; choose emission=gaussian, soft or product and topology=chain or full, or callbacks.initialise=null"
         )
-    topology, emission = module.topology, copy.deepcopy(module.emission)  # a copy, since DDP watches the original
+    # A copy, since DDP watches the original; in float32, whatever the model is trained in.
+    topology, emission = module.topology, copy.deepcopy(module.emission).float()
     device = next(emission.parameters()).device
     frames = [torch.as_tensor(x, dtype=torch.float32, device=device) for x in sequences]
     emission.standardise(torch.cat(frames))

@@ -34,18 +34,22 @@ class SoftEmission(FrameEmission):
         self.table = LogTable(self.num_states, dimension)
 
     def scores(self, frames_BTV: Tensor) -> Tensor:
-        total = frames_BTV.sum(-1)
-        wrong = ~((frames_BTV >= 0).all(-1) & ((total - 1).abs().minimum(total.abs()) <= _TOLERANCE))
-        if wrong.any():
-            raise UserError(
-                f"frames: {int(wrong.sum())} of a batch are no distributions over {self.dimension} units; expected "
-                "numbers of at least 0 with a sum of 1 in every frame (emission=gaussian takes any frames)"
-            )
+        self._check(frames_BTV)
         return frames_BTV @ self.table().T
 
     def points(self, frames_FV: Tensor) -> Tensor:
         """Square roots of the distributions, so that distances are Hellinger's."""
+        self._check(frames_FV)
         return frames_FV.sqrt()
+
+    def _check(self, frames: Tensor) -> None:
+        total = frames.sum(-1)
+        wrong = ~((frames >= 0).all(-1) & ((total - 1).abs().minimum(total.abs()) <= _TOLERANCE))
+        if wrong.any():
+            raise UserError(
+                f"frames: {int(wrong.sum())} of {wrong.numel()} are no distributions over {self.dimension} units; "
+                "expected numbers of at least 0 with a sum of 1 in every frame (emission=gaussian takes any frames)"
+            )
 
     @torch.no_grad()
     def draw(self, states_B: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -93,6 +93,15 @@ def test_units_of_measurement_do_not_matter() -> None:
     assert found[1] == pytest.approx(found[0], rel=1e-3)  # 7 leaves 0.01 five digits
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_start_is_found_in_float32_whatever_the_model_is_trained_in(dtype: torch.dtype) -> None:
+    single, other = model(), model().to(dtype)
+    for module in (single, other):
+        initialise_frames(module, FRAMES, 1, steps=0, lr=0.0)
+    for a, b in zip(single.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(a.to(b.dtype), b)
+
+
 def test_networks_are_fitted_and_nothing_depends_on_the_generator() -> None:
     tables, network = model(), model(network=True)
     initialise_frames(tables, FRAMES, 1, steps=0, lr=0.0)

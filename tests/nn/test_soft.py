@@ -43,8 +43,10 @@ def test_a_unit_that_is_certain_costs_what_a_table_says() -> None:
 
 @pytest.mark.parametrize("frame", [[0.5, 0.2, 0, 0, 0], [1.5, -0.5, 0, 0, 0], [float("nan"), 1, 0, 0, 0]])
 def test_frames_that_are_no_distributions_are_refused(frame: list[float]) -> None:
-    with pytest.raises(UserError, match="1 of a batch are no distributions over 5 units"):
-        soft()(torch.tensor([[frame, [0.2] * 5]]))
+    frames = torch.tensor([[frame, [0.2] * 5]])
+    for reads in (soft(), soft().points):  # points: where training starts from clusters
+        with pytest.raises(UserError, match="1 of 2 are no distributions over 5 units"):
+            reads(frames)
 
 
 def test_products_add_the_log_probabilities_of_their_codes() -> None:

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from hmm_speech.configuration import CLONE, check_run, check_targets, instantiate, plain
 from hmm_speech.errors import UserError
+from hmm_speech.nn.topology import Topology
 from tests.runs import composed
 
 GROUPS = sorted(path for path in (CLONE / "configs").glob("*/*.yaml"))
@@ -129,6 +130,18 @@ def test_a_target_outside_the_allowed_packages_is_refused_before_it_is_imported(
 def test_what_instantiate_refuses(target: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         instantiate({"_target_": target}, kind=torch.nn.Module, where="emission")
+
+
+@pytest.mark.parametrize(
+    ("target", "more"),
+    [
+        ("hmm_speech.nn.EmissionNetwork", {"topology": Topology(2), "vocabulary": 4}),
+        ("hmm_speech.nn.GRUContext", {"vocabulary": 4}),
+    ],
+)
+def test_a_share_out_of_range_is_told_before_anything_is_trained(target: str, more: dict) -> None:
+    with pytest.raises(UserError, match=r"part: .* refuses its arguments: dropout .* 1\.5"):
+        instantiate({"_target_": target, "dropout": 1.5}, where="part", **more)
 
 
 def test_targets_are_checked_however_deep_they_lie() -> None:
