@@ -17,10 +17,11 @@ class UserError(ValueError):
     """
 
 
-def check_size(name: str, value: Any) -> None:
-    """Raise a UserError unless a setting is a positive integer."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{name} is {value!r}; expected a positive integer")
+def check_size(name: str, value: Any, least: int = 1) -> None:
+    """Raise a UserError unless a setting is an integer of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise UserError(f"{name} is {value!r}; expected {expected}")
 
 
 @contextmanager

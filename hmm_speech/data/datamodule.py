@@ -14,7 +14,7 @@ from hmm_speech.data.batching import Batch, BucketBatchSampler, collate
 from hmm_speech.data.splits import hashed_share
 from hmm_speech.data.synthetic import sample_corpus
 from hmm_speech.data.unitfile import UnitCorpus, Utterance, read_units
-from hmm_speech.errors import UserError
+from hmm_speech.errors import UserError, check_size
 
 
 class UnitDataModule(LightningDataModule):
@@ -34,6 +34,8 @@ class UnitDataModule(LightningDataModule):
         super().__init__()
         if not 0 <= phones <= 1:
             raise UserError(f"data.phones is {phones!r}; expected a share from 0 to 1")
+        check_size("data.num_workers", num_workers, least=0)
+        check_size("data.seed", seed, least=0)
         self.path, self.batch_size, self.num_workers = path, batch_size, num_workers
         self.seed, self.phones = seed, phones
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 
 from hmm_speech.data.unitfile import Phone, UnitCorpus, Utterance
-from hmm_speech.errors import UserError
+from hmm_speech.errors import check_size
 
 
 def sample_corpus(
@@ -19,10 +19,9 @@ def sample_corpus(
     frames a second, the utterances go to train (two thirds), valid and test (one sixth each). With ``numbers``, frames
     of so many come from a Gaussian of variance 1 for each label.
     """
-    sizes = {"utterances": utterances, "frames": frames, "vocabulary": vocabulary, "labels": labels}
+    sizes = {"utterances": utterances, "frames": frames, "vocabulary": vocabulary, "labels": labels, "numbers": numbers}
     for name, value in sizes.items():
-        if value < (6 if name == "utterances" else 2):
-            raise UserError(f"data.{name} is {value}; expected at least {6 if name == 'utterances' else 2}")
+        check_size(f"data.{name}", value, least={"utterances": 6, "numbers": 0}.get(name, 2))
     generator = np.random.default_rng(seed)
     transition = generator.dirichlet(np.full(labels, 0.3), size=labels)
     transition = 0.75 * np.eye(labels) + 0.25 * transition

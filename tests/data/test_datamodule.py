@@ -48,5 +48,12 @@ def test_synthetic_labels_are_the_phones() -> None:
         assert utterance.phones[-1].end == pytest.approx(len(utterance.units) / corpus.frame_rate)
     again = sample_corpus(utterances=6, seed=3)
     assert all(np.array_equal(a.units, b.units) for a, b in zip(corpus.utterances, again.utterances, strict=True))
-    with pytest.raises(UserError, match=r"data\.vocabulary is 1"):
+    with pytest.raises(UserError, match=r"data\.vocabulary is 1; expected an integer of at least 2"):
         sample_corpus(vocabulary=1)
+
+
+@pytest.mark.parametrize("option", [{"seed": "abc"}, {"seed": -1}, {"num_workers": -1}, {"numbers": -1}])
+def test_numbers_out_of_range_are_refused(option: dict) -> None:
+    name, value = next(iter(option.items()))
+    with pytest.raises(UserError, match=rf"data\.{name} is {value!r}; expected an integer of at least 0"):
+        _ = SyntheticDataModule(**option).corpus
