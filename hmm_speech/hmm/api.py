@@ -233,6 +233,8 @@ class HMM:
             raise ValueError(f"states: on {states.device}, expected {self.initial.device}, where the scores are")
         inside = torch.arange(time, device=states.device) < self.lengths.unsqueeze(-1)
         wrong = inside & ((states < 0) | (states >= num_states))
+        if torch.compiler.is_compiling():  # nobody can be told while tracing
+            return self._chain.path_score(states).masked_fill(wrong.any(-1), torch.nan)
         if wrong.any():
             b, t = (int(k) for k in wrong.nonzero()[0])
             raise ValueError(f"states: holds {int(states[b, t])} at ({b}, {t}), expected 0 to {num_states - 1}")

@@ -33,6 +33,8 @@ class Chain:
     ):
         if isinstance(transition, LowRank):
             transition = transition.within(lengths)
+        if isinstance(transition, Chunked):  # looked at again in the backward pass, where a change would go unnoticed
+            lengths = lengths.clone()
         self.initial, self.transition, self.emission, self.lengths, self.final = (
             initial, transition, emission, lengths, final,
         )  # fmt: skip

@@ -190,7 +190,7 @@ def retreat(grad, message, arcs, emission, lengths, edges: bool) -> tuple[Tensor
         tracked = [ops.own(x) for x in (message, emission, arcs)]
         end = reference.advance(tracked[0], tracked[2], tracked[1], lengths)[0][-1]
         found = torch.autograd.grad(
-            end, tracked if edges else tracked[:2], torch.where(end > -INF, grad, 0), create_graph=True
+            end, tracked if edges else tracked[:2], torch.where(end == -INF, 0, grad), create_graph=True
         )
     state = torch.cat([found[0].unsqueeze(1), found[1]], 1)
     return state, found[2] if edges else arcs.new_empty(0)
@@ -314,7 +314,7 @@ class ChunkedChain(Chain):
                 state, edge = Retreat.apply(gamma, message, arcs, emission, lengths, edges != "none", end, *rows)
             else:
                 state, edge = retreat(gamma, message, arcs, emission, lengths, edges != "none")
-                if not torch.is_grad_enabled():
+                if not ops.tracked((message, gamma, arcs, emission)):
                     state, edge = state.detach(), edge.detach()
             return state[:, 0], state[:, 1:], edge.sum(1) if edges == "sum" else edge
 

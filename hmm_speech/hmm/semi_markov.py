@@ -189,17 +189,20 @@ class SemiMarkovHMM:
                 raise ValueError(f"{name}: on {x.device}, expected {device}, where the scores are")
         inside = torch.arange(self.time, device=device) < self.lengths.unsqueeze(-1)
         wrong = inside & ((states < 0) | (states >= self.num_states))
-        if wrong.any():
-            b, t = (int(k) for k in wrong.nonzero()[0])
-            raise ValueError(f"states: holds {int(states[b, t])} at ({b}, {t}), expected 0 to {self.num_states - 1}")
         changes = torch.ones(shape, dtype=torch.bool, device=device)
         changes[:, 1:] = states[:, 1:] != states[:, :-1]
         missing = torch.zeros_like(changes) if starts is None else inside & changes & ~starts
+        starts = changes if starts is None else starts
+        if torch.compiler.is_compiling():  # nobody can be told while tracing
+            return self._path_score(states, starts).masked_fill((wrong | missing).any(-1), torch.nan)
+        if wrong.any():
+            b, t = (int(k) for k in wrong.nonzero()[0])
+            raise ValueError(f"states: holds {int(states[b, t])} at ({b}, {t}), expected 0 to {self.num_states - 1}")
         if missing.any():
             b, t = (int(k) for k in missing.nonzero()[0])
             reason = "a new state starts a segment" if t else "the first frame starts a segment"
             raise ValueError(f"starts: False at ({b}, {t}), expected True: {reason}")
-        return self._path_score(states, changes if starts is None else starts)
+        return self._path_score(states, starts)
 
     def log_prob(self, states: Tensor, starts: Tensor | None = None) -> Tensor:
         """``score(states, starts) - log_partition()``, (B,): the log-probability of given segmentations."""

@@ -326,3 +326,26 @@ def test_what_the_function_returns_is_checked():
     torch.testing.assert_close(half, torch.full((2,), 6 * torch.log(torch.tensor(3.0)).item()))
     past = torch.where(torch.arange(5)[:, None, None] < 3, z(2, 5, 3, 3), float("nan"))
     value(lambda a, b: past[:, a:b], lengths=torch.tensor([4, 0]), check=True)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("frame", range(4))
+def test_a_nan_is_passed_on_and_nothing_is_tracked_without_need(backend, frame):
+    transition, emission = torch.zeros(2, 3, 2, 2), torch.zeros(2, 4, 2)
+    emission[0, frame, 0] = torch.nan
+    with use_backend(backend):
+        hmm = HMM(torch.zeros(2), Chunked(lambda start, stop: transition[:, start:stop], 1), emission)
+        found = (hmm.marginals(), hmm.edge_marginals(), hmm.transition_counts())
+    for x in found:
+        assert x[0].isnan().any() and x[1].isfinite().all() and not x.requires_grad
+    assert found[0][0, frame].isnan().all()
+
+
+def test_lengths_may_be_changed_before_the_backward_pass():
+    diagonal = torch.zeros(2, 2, requires_grad=True)
+    lengths = torch.tensor([6, 4])
+    chunks = Chunked(lambda start, stop: diagonal.expand(2, stop - start, 2, 2), 2)
+    z = HMM(torch.zeros(2), chunks, torch.randn(2, 6, 2), lengths).log_partition()
+    lengths[0] = 2
+    z.sum().backward()
+    assert diagonal.grad.sum().item() == pytest.approx(5 + 3)

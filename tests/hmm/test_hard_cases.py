@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hmm_speech.hmm import HMM, backend, log_partition, use_backend
+from hmm_speech.hmm import HMM, SemiMarkovHMM, backend, log_partition, use_backend
 from tests.hmm.problems import KINDS, problem, solve
 from tests.hmm.test_contract import compare
 
@@ -144,3 +144,21 @@ def test_posteriors_compile_without_a_graph_break():
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(**arguments)
     (found,) = torch.autograd.grad(compiled, arguments["emission"])
     torch.testing.assert_close((compiled, found), (eager, expected))
+
+
+def test_scores_of_paths_compile_as_one_graph_and_are_nan_for_states_that_are_none():
+    emission, lengths = torch.randn(2, 7, 5), torch.tensor([7, 4])
+    states = torch.randint(0, 5, (2, 7))
+
+    def both(emission, states):
+        plain = HMM(torch.zeros(5), torch.zeros(5, 5), emission, lengths).log_prob(states)
+        segments = SemiMarkovHMM(torch.zeros(5), torch.zeros(5, 5), emission, torch.zeros(5, 7), lengths)
+        return plain, segments.log_prob(states)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(emission, states), both(emission, states))
+    states[1, 4:] = 9  # past the end
+    torch.testing.assert_close(compiled(emission, states), both(emission, states))
+    states[1, 3] = 9
+    for x in compiled(emission, states):
+        assert x[0].isfinite() and x[1].isnan()
