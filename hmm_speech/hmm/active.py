@@ -16,7 +16,7 @@ from . import library, ops, reference, structures
 from .chain import Chain
 from .dense import DenseChain
 from .ops import _address, _dense, _lib
-from .structures import Active, Chunked, Transition
+from .structures import Active, Chunked, LowRank, Transition
 
 
 class ActiveChain(Chain):
@@ -121,6 +121,8 @@ def _slots(
     """The chain over slots, and their states (B, T, K), ascending and then -1, so that ties go to the smallest."""
     batch, time, width = states.shape
     states = used_states(states, lengths)
+    if isinstance(transition, LowRank):
+        transition = transition.within(lengths)
     states, order = torch.where(states < 0, torch.iinfo(torch.int64).max, states).sort(-1)
     used = states < torch.iinfo(torch.int64).max
     states, emission = torch.where(used, states, -1), torch.where(used, scores.gather(-1, order), -torch.inf)

@@ -31,8 +31,6 @@ class Chain:
         final: Tensor | None,
         time: int,
     ):
-        if isinstance(transition, LowRank):
-            transition = transition.within(lengths)
         if isinstance(transition, Chunked):  # looked at again in the backward pass, where a change would go unnoticed
             lengths = lengths.clone()
         self.initial, self.transition, self.emission, self.lengths, self.final = (
@@ -55,7 +53,9 @@ class Chain:
             parts = [transition.function(start, stop) for start, stop in spans]
             empty = self.initial.new_empty(self.batch, 0, self.num_states, self.num_states)
             transition = torch.cat(parts, 1) if parts else empty
-        elif isinstance(transition, (LowRank, Banded)):
+        elif isinstance(transition, LowRank):
+            transition = transition.within(self.lengths).dense()
+        elif isinstance(transition, Banded):
             transition = transition.dense()
         if isinstance(emission, Active):
             emission = emission.dense(self.num_states)
@@ -127,6 +127,8 @@ class Chain:
     def _arcs_along(self, path: Tensor) -> Tensor:
         """(B, T-1): the score of each arc that paths take."""
         rows, columns = path[:, :-1].unsqueeze(-1), path[:, 1:].unsqueeze(-1)
+        if isinstance(self.transition, LowRank):
+            return self.transition.within(self.lengths).gather(rows, columns)[..., 0, 0]
         if not isinstance(self.transition, Chunked):
             return structures.gather(self.transition, rows, columns)[..., 0, 0]
 
